@@ -50,7 +50,7 @@ class LoraConfig(Settings):
     "Low-rank adapters on the seven linears of each block. Hu et al. 2021, https://arxiv.org/abs/2106.09685"
     enable: bool = Field(True, description="train adapters; false trains every weight of the model")
     rank: Int = Field(16, ge=1, description="rank of the adapters; 64 or less is recommended")
-    scaling: Float = Field(2.0, gt=0, description="factor on the adapter's output, as it is (not alpha / rank)")
+    scaling: Float = Field(2.0, gt=0, description="factor on the adapter's output, as it is (no alpha / rank)")
     dropout: Float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input, as a probability")
 
 # %% ../nbs/00_config.ipynb #d4fc4429
@@ -64,7 +64,7 @@ class OptimConfig(Settings):
 class InstructConfig(Settings):
     "How conversations become samples."
     shuffle: bool = Field(True, description="shuffle the conversations anew in each epoch")
-    dynamic_chunk_fn_call: bool = Field(True, description="train earlier answers of a tool chat as samples of their own")
+    dynamic_chunk_fn_call: bool = Field(True, description="train a tool chat's earlier answers as samples of their own")
     exact_context: bool = Field(True, description="train each answer in exactly the context it will see at inference")
 
 # %% ../nbs/00_config.ipynb #9f7de6fb
@@ -108,18 +108,18 @@ class TrainConfig(Settings):
     num_microbatches: Int = Field(1, ge=1, description="forward passes accumulated into one step")
     max_steps: Int = Field(100, ge=1, description="optimiser steps")
     max_norm: Float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the computation; "
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="computing precision; "
         "auto: bfloat16 where the GPU has it, float16 on other GPUs, float32 on a CPU")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimiser and learning rate")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="low-rank adapters")
-    checkpoint: bool = Field(True, description="recompute activations in the backward pass to save memory")
+    checkpoint: bool = Field(True, description="recompute activations in the backward pass, saving memory")
     log_freq: Int = Field(1, ge=1, description="steps between two lines of metrics")
     eval_freq: Int = Field(0, ge=0, description="steps between two evaluations; 0: only after the last step")
     no_eval: bool = Field(True, description="no evaluation")
     ckpt_freq: Int = Field(0, ge=0, description="steps between two checkpoints; 0: only after the last step")
     no_ckpt: bool = Field(False, description="no checkpoints")
-    num_ckpt_keep: Annotated[int, Field(ge=1)] | None = Field(3, description="newest checkpoints to keep; null keeps all")
-    save_adapters: bool = Field(True, description="save the adapters; false: the whole model, them merged in")
+    num_ckpt_keep: Annotated[int, Field(ge=1)] | None = Field(3, description="checkpoints to keep; null keeps all")
+    save_adapters: bool = Field(True, description="save the adapters; false: the whole merged model")
     overwrite: bool = Field(False, description="start afresh in a used run folder; what it holds is lost")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
     mlflow: MLFlowConfig = Field(default_factory=MLFlowConfig, description="MLflow")

@@ -103,7 +103,8 @@ def execute(nb: Path, timeout: int = 600) -> nbformat.NotebookNode:
     job = nbformat.v4.new_notebook(metadata=dict(book.metadata))
     job.cells = [nbformat.v4.new_code_cell(WATCH), *run_cells, nbformat.v4.new_code_cell("assert not _failed, _failed")]
     env = {**os.environ, "IN_TEST": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    client = NotebookClient(job, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(nb.parent)}})
+    where = {"metadata": {"path": str(nb.parent)}}
+    client = NotebookClient(job, timeout=timeout, kernel_name="python3", resources=where)
     client.execute(env=env)
     for why in hidden_errors(job): raise RuntimeError(f"{nb.name}: {why}")
     return book
