@@ -52,7 +52,7 @@ def compute_dtype(
     if asked != "auto" and asked not in DTYPES:
         raise DeviceError(f"dtype: expected auto, {', '.join(DTYPES)}; received {asked!r}")
     if asked == "bfloat16" and not has_bfloat16(device):
-        raise DeviceError(f"dtype: bfloat16 is asked for, which {device_name(device)} lacks; use `dtype: auto` or float16")
+        raise DeviceError(f"dtype: {device_name(device)} has no bfloat16; use `dtype: auto` or float16")
     if asked != "auto": return DTYPES[asked]
     if device.type == "cpu": return torch.float32
     return torch.bfloat16 if has_bfloat16(device) else torch.float16
