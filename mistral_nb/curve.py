@@ -109,9 +109,9 @@ def _line(points: Points, color: str, f: Frame) -> list[str]:
 # %% ../nbs/02_curve.ipynb #38306f6a
 def _legend(series: Series, width: int) -> str:
     "Names and last values, each in the colour of its line, at the right of the head line."
-    parts = [f'<tspan fill="{COLORS[i % len(COLORS)]}" dx="10">{html.escape(name)} {line[-1][1]:.4g}</tspan>'
+    parts = [f'<tspan fill="{COLORS[i % len(COLORS)]}">{html.escape(name)} {line[-1][1]:.4g}</tspan>'
              for i, (name, line) in enumerate(series.items()) if line]
-    return f'<text x="{width - 16}" y="20" text-anchor="end" font-weight="600">{"".join(parts)}</text>'
+    return f'<text x="{width - 16}" y="20" text-anchor="end" font-weight="600">{" &#160; ".join(parts)}</text>'
 
 def curve_svg(
     series: Series, # points (x, y) of each line, by its name
