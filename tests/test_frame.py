@@ -28,13 +28,14 @@ def floors() -> dict[str, int]:
 
 def imported(path: Path) -> set[str]:
     """All package modules that the source in `path` names in an import, wherever it stands."""
-    out = set()
+    out, parts = set(), path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): out |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; write it in full"
-            out |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
-    return {m for m in out if m and m.startswith(PACKAGE)}
+            above = parts[:-node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            out |= {module, *(f"{module}.{a.name}" for a in node.names)}
+    return {m for m in out if m.startswith(PACKAGE)}
 
 
 def path_of(module: str) -> Path:
