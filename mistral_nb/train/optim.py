@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config import OptimConfig
@@ -34,7 +33,7 @@ def make_optimizer(
     return AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
 
 # %% ../../nbs/42_train.optim.ipynb #6fd19af1
-def make_schedule(optimizer: AdamW, cfg: OptimConfig, max_steps: int) -> LRScheduler:
+def make_schedule(optimizer: AdamW, cfg: OptimConfig, max_steps: int) -> OneCycleLR:
     "One rise and one fall of the learning rate over `max_steps`. Smith & Topin 2017, https://arxiv.org/abs/1708.07120"
     total = max(2, max_steps)
     rise  = cfg.pct_start
@@ -45,8 +44,9 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
     "The learning rate the next step will use."
     return float(optimizer.param_groups[0]["lr"])
 
-def advance(schedule: LRScheduler) -> None:
-    "Move on to the next step's learning rate, also after a step that made no update."
+def advance(schedule: OneCycleLR) -> None:
+    "Move on to the next step's learning rate, also after a step that made no update; the last step's has no next."
+    if schedule.last_epoch + 1 >= schedule.total_steps: return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*")
         schedule.step()
