@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['packed_attention', 'segment_attention', 'visible', 'backends']
+__all__ = ['packed_attention', 'segment_attention', 'visible', 'backends', 'cached_attention']
 
 # %% ../../nbs/22_model.attention.ipynb #e5de6dbb
 def packed_attention(
@@ -53,3 +53,17 @@ def visible(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
 def backends(device: torch.device | str) -> list[str]:
     """Ways to compute `packed_attention` on `device`, best first."""
     return ["segments"]
+
+# %% ../../nbs/22_model.attention.ipynb #fe6d413d
+def cached_attention(
+    q: Tensor,        # one query a sequence [B, heads, head_dim]
+    k: Tensor,        # room for keys [B, L, kv_heads, head_dim]
+    v: Tensor,        # room for values [B, L, kv_heads, head_dim]
+    lengths: Tensor,  # how many keys of each sequence are there, the query's own included; int [B]
+    window: int | None = None,
+) -> Tensor:  # [B, heads, head_dim]
+    """Attention of the last token of each sequence."""
+    back = lengths[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
+    mask = (back >= 0) & (back < (window or k.shape[1]))
+    q, k, v, gqa = q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), q.shape[1] != k.shape[2]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], enable_gqa=gqa)[:, :, 0]

@@ -105,6 +105,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, place: Any) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, *place.query_table), apply_rope(k, *place.key_table)
-        if place.cache is not None: k, v = place.cache.append(self.layer, k, v, place.seqlens)
-        out = packed_attention(q, k, v, place.seqlens, self.window, keylens=place.keylens)
+        if place.cache is None: out = packed_attention(q, k, v, place.seqlens, self.window)
+        else: out = place.cache.attend(self.layer, q, k, v, place.seqlens, self.window)
         return self.wo(out.flatten(1))

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .args import ModelArgs
+from .attention import cached_attention
+from .attention import packed_attention
 from .layers import Attention
 from .layers import FeedForward
 from .layers import Linear
@@ -30,26 +32,39 @@ class KVCache:
     """Keys and values of the tokens seen so far, for `num_seqs` sequences."""
 
     def __init__(self, args: ModelArgs, num_seqs: int = 1):
-        self.lengths = [0] * num_seqs
-        self._parts = [[None] * num_seqs for _ in range(args.n_layers)]
+        self.lengths = [0] * num_seqs                            # tokens of each sequence
+        self.rooms: list[Tensor | None] = [None] * args.n_layers  # keys and values [2, num_seqs, L, kv_heads, head_dim]
 
-    def append(self, layer: int, k: Tensor, v: Tensor, seqlens: list[int]) -> tuple[Tensor, Tensor]:
-        """Add the new keys and values of `layer`; return all of them, sequence after sequence."""
-        for i, new in enumerate(zip(k.detach().split(seqlens), v.detach().split(seqlens))):
-            self._parts[layer][i] = self._grown(self._parts[layer][i], self.lengths[i], new)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], window: int | None) -> Tensor:
+        """Keep the new keys and values of `layer`, and let the new queries see them and all before."""
         ends = [n + new for n, new in zip(self.lengths, seqlens)]
-        kv = [[part[j][:end] for part, end in zip(self._parts[layer], ends)] for j in (0, 1)]
-        return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in kv)
+        room = self.grown(layer, k, max(ends))
+        for new, kept in zip((k.detach(), v.detach()), room): self.put(new, kept, seqlens)
+        if not any(self.lengths): return packed_attention(q, k, v, seqlens, window)
+        if set(seqlens) == {1}: return cached_attention(q, *room, torch.tensor(ends, device=q.device), window)
+        k, v = (torch.cat([kept[i, :end] for i, end in enumerate(ends)]) for kept in room)
+        return packed_attention(q, k, v, seqlens, window, keylens=ends)
 
-    def _grown(self, old: list[Tensor] | None, used: int, new: tuple[Tensor, Tensor]) -> list[Tensor]:
-        end = used + len(new[0])
-        if old is None or len(old[0]) < end:
-            room = [x.new_empty(max(2 * end, 64), *x.shape[1:]) for x in new]
-            if old is not None:
-                for r, o in zip(room, old): r[:used] = o[:used]
-            old = room
-        for o, x in zip(old, new): o[used:end] = x
-        return old
+    def put(self, new: Tensor, kept: Tensor, seqlens: list[int]) -> None:
+        """Copy `new` [T, kv_heads, head_dim] behind what `kept` [num_seqs, L, kv_heads, head_dim] holds."""
+        if set(seqlens) == {1}:
+            kept[torch.arange(len(new)), torch.tensor(self.lengths)] = new
+            return
+        for i, part in enumerate(new.split(seqlens)): kept[i, self.lengths[i]:self.lengths[i] + len(part)] = part
+
+    def grown(self, layer: int, like: Tensor, end: int) -> Tensor:
+        """The room of `layer`, doubled until it holds `end` tokens a sequence."""
+        old = self.rooms[layer]
+        if old is not None and old.shape[2] >= end: return old
+        room = like.new_zeros(2, len(self.lengths), max(64, 2 * end), *like.shape[1:])
+        if old is not None: room[:, :, :old.shape[2]] = old
+        self.rooms[layer] = room
+        return room
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all sequences but `rows`."""
+        self.lengths = [self.lengths[i] for i in rows]
+        self.rooms = [None if room is None else room[:, rows] for room in self.rooms]
 
     def advance(self, seqlens: list[int]) -> None:
         """Count the tokens just appended to every layer."""
@@ -67,7 +82,7 @@ class Place:
 
     @classmethod
     def of(cls, args: ModelArgs, seqlens: list[int], cache: KVCache | None, device: torch.device) -> Place:
-        before = cache.lengths if cache else [0] * len(seqlens)
+        before = cache.lengths if cache is not None else [0] * len(seqlens)
         keylens = [b + n for b, n in zip(before, seqlens)]
         positions = torch.cat([torch.arange(b, e, device=device) for b, e in zip(before, keylens)])
         table = rope_table(args, positions, device)
@@ -119,7 +134,7 @@ class Transformer(nn.Module):
         place = Place.of(self.args, seqlens, cache, input_ids.device)
         h = self.tok_embeddings(input_ids).to(self.dtype)
         for layer in self.layers: h = self.through(layer, h, place)
-        if cache: cache.advance(seqlens)
+        if cache is not None: cache.advance(seqlens)
         return self.norm(h)
 
     def through(self, layer: nn.Module, h: Tensor, place: Place) -> Tensor:
