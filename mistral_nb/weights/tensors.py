@@ -137,7 +137,7 @@ def load_pickle(path: Path) -> object:
     "What the pickle at `path` holds, tensors mapped from the disk; refuses anything that is not plain data."
     try: return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
-        raise CheckpointError(f"{path} is a pickle with more than tensors inside, and opening it would run what it holds: "
+        raise CheckpointError(f"{path} is a pickle with more than tensors inside; opening it would run what it holds: "
                               "refused. Use the model's consolidated.safetensors.") from e
     except (RuntimeError, EOFError, ValueError) as e:
         old = "_use_new_zipfile_serialization" in str(e)
