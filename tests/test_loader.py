@@ -1,7 +1,8 @@
 """The loader's promises: a batch is a function of the step, nothing is lost, shares and evaluation are exact."""
 
+import json
+import warnings
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,30 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from mistral_nb.config import TrainConfig
 from mistral_nb.data.loader import TrainLoader
 from mistral_nb.data.loader import eval_batches
+from mistral_nb.data.loader import load_data
 from mistral_nb.data.loader import pieces_of
+from mistral_nb.data.source import SourceError
+from mistral_nb.data.store import DataError
+from mistral_nb.data.store import TokenStore
+from mistral_nb.data.tokenize import TokenSample
 
 
-@dataclass
-class Sample:
-    ids: np.ndarray
-    mask: np.ndarray
-
-
-class Store:
-    """Samples held in memory; id = 1000 * sample + position, so that each token tells where it comes from."""
-
-    def __init__(self, lengths, untrained=1, kind="instruct", name="toy.jsonl"):
-        self.lengths, self.kind, self.name = np.array(lengths, np.int64), kind, name
-        first = np.broadcast_to(untrained, len(lengths))
-        self.samples = [Sample((1000 * i + np.arange(n)).astype(np.int32), np.arange(n) >= first[i])
-                        for i, n in enumerate(lengths)]
-        self.trained = np.array([s.mask[1:].sum() for s in self.samples], np.int64)
-
-    def __len__(self): return len(self.samples)
-    def sample(self, i): return self.samples[i]
-    def origin(self, i): return f"{self.name}:{i + 1}"
+def store_of(lengths, untrained=1, kind="instruct", name="toy.jsonl"):
+    """Samples in memory; id = 1000 * sample + position, so that each token tells where it comes from."""
+    first = np.broadcast_to(untrained, len(lengths))
+    ids = lambda i, n: (1000 * i + np.arange(n)).astype(np.int32)
+    return TokenStore.of([TokenSample(ids(i, n), np.arange(n) >= first[i]) for i, n in enumerate(lengths)], kind, name)
 
 
 def same(a, b):
@@ -46,9 +41,9 @@ def segments(batch):
     return list(zip(batch.rows, *([p.tolist() for p in part] for part in parts)))
 
 
-chats = Store(np.random.default_rng(0).integers(3, 40, 83), untrained=2, name="chats.jsonl")
-books = Store([90, 31, 30, 32, 61, 200], untrained=0, kind="pretrain", name="books.jsonl")
-one_row = Store([12], name="one.jsonl")
+chats = store_of(np.random.default_rng(0).integers(3, 40, 83), untrained=2, name="chats.jsonl")
+books = store_of([90, 31, 30, 32, 61, 200], untrained=0, kind="pretrain", name="books.jsonl")
+one_row = store_of([12], name="one.jsonl")
 
 
 @pytest.mark.parametrize("world, micro, size", [(1, 1, 1), (2, 3, 5), (3, 1, 2)])
@@ -75,7 +70,7 @@ def test_shapes_and_shift():
         assert batch.num_trained == int(batch.mask.sum())
         for row, x, y, mask in segments(batch):
             i = int(row.split(":")[1]) - 1
-            ids, trained = chats.samples[i].ids.tolist(), chats.samples[i].mask.tolist()
+            ids, trained = chats.sample(i).ids.tolist(), chats.sample(i).mask.tolist()
             assert (x, y, mask) == (ids[:-1], ids[1:], trained[1:])
 
 
@@ -109,7 +104,7 @@ def test_devices_share_the_sequence_of_one():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.01, 10), min_size=2, max_size=5), st.integers(0, 5))
 def test_shares_of_tokens(weights, seed):
-    stores = [chats, books, one_row, Store([41] * 9), Store([5] * 4)][:len(weights)]
+    stores = [chats, books, one_row, store_of([41] * 9), store_of([5] * 4)][:len(weights)]
     loader = TrainLoader([(s, w, True) for s, w in zip(stores, weights)], 40, 1, seed=seed)
     tokens = np.zeros(len(weights))
     for g in range(300):
@@ -136,13 +131,13 @@ def test_fewer_rows_than_ranks():
 def test_texts_lose_no_token():
     loader = TrainLoader([(books, 1, True)], 30, 1)
     seen = [t for s in range(loader.streams[0].num_packs) for t in loader.batch(s).targets.tolist()]
-    assert sorted(seen) == sorted(t for s in books.samples for t in s.ids[1:].tolist())
+    assert sorted(seen) == sorted(t for i in range(len(books)) for t in books.sample(i).ids[1:].tolist())
     assert all(sum(loader.batch(s).seqlens) <= 30 for s in range(20))
     assert loader.notes == []
 
 
 def test_conversations_are_cut_counted_and_said():
-    store = Store([11, 16, 21, 12, 5, 6], untrained=[1, 2, 15, 12, 5, 1], name="long.jsonl")
+    store = store_of([11, 16, 21, 12, 5, 6], untrained=[1, 2, 15, 12, 5, 1], name="long.jsonl")
     pieces = pieces_of(store, 10)
     assert pieces.sample.tolist() == [0, 1, 5] and pieces.length.tolist() == [10, 10, 5]
     assert (pieces.cut, pieces.lost, pieces.dropped, pieces.untrained) == (2, 5 + 20, 1, 2)
@@ -154,10 +149,10 @@ def test_conversations_are_cut_counted_and_said():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=20), st.integers(1, 20))
 def test_cut_against_a_loop(samples, seq_len):
-    store = Store([n for n, _ in samples], untrained=[u for _, u in samples])
+    store = store_of([n for n, _ in samples], untrained=[u for _, u in samples])
     pieces = pieces_of(store, seq_len)
     kept, lost, cut, dropped, untrained = [], 0, 0, 0, 0
-    for i, s in enumerate(store.samples):
+    for i, s in enumerate(map(store.sample, range(len(store)))):
         positions, mask = len(s.ids) - 1, s.mask[1:]
         if not mask.any(): untrained += 1; continue
         cut += positions > seq_len
@@ -168,20 +163,20 @@ def test_cut_against_a_loop(samples, seq_len):
     assert (pieces.cut, pieces.lost, pieces.dropped, pieces.untrained) == (cut, lost, dropped, untrained)
 
 
-unlearnable = Store([9, 8], untrained=9)
+unlearnable = store_of([9, 8], untrained=9)
 
 
 @pytest.mark.parametrize("make, words", [
     (lambda: TrainLoader([], 10, 1), "no training data"),
-    (lambda: TrainLoader([(Store([], name="e.jsonl"), 1, True)], 10, 1), "no samples in e.jsonl"),
+    (lambda: TrainLoader([(store_of([], name="e.jsonl"), 1, True)], 10, 1), "no samples in e.jsonl"),
     (lambda: TrainLoader([(unlearnable, 1, True)], 10, 1), "nothing to train on in toy.jsonl: of 2 samples, 2 have"),
-    (lambda: TrainLoader([(Store([30], untrained=20), 1, True)], 10, 1), "behind seq_len 10: raise seq_len"),
+    (lambda: TrainLoader([(store_of([30], untrained=20), 1, True)], 10, 1), "behind seq_len 10: raise seq_len"),
     (lambda: TrainLoader([(chats, 1, True), (unlearnable, 1, True)], 10, 1), "nothing to train on in toy"),
     (lambda: TrainLoader([(chats, 0, True)], 10, 1), "weight must be above 0, got 0"),
     (lambda: TrainLoader([(chats, float("nan"), True)], 10, 1), "weight must be above 0, got nan"),
     (lambda: TrainLoader([(chats, 1, True)], 10, 1, world=2).batch(0, 2), "rank 2 is out of range: expected 0 to 1"),
     (lambda: TrainLoader([(chats, 1, True)], 10, 1).batch(-1), "step -1 is out of range: expected 0 or more"),
-    (lambda: eval_batches([Store([9], untrained=9)], 10, 1), "nothing to evaluate"),
+    (lambda: eval_batches([store_of([9], untrained=9)], 10, 1), "nothing to evaluate"),
 ])
 def test_errors(make, words):
     with pytest.raises(ValueError) as e: make()
@@ -192,7 +187,7 @@ def test_errors(make, words):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, 3, 83])
 def test_evaluation_counts_each_sample_once(size, world, rows):
-    store = Store(chats.lengths[:rows], untrained=2, name="eval.jsonl")
+    store = store_of(chats.lengths[:rows], untrained=2, name="eval.jsonl")
     ranks = [list(eval_batches([store], 40, size, rank, world)) for rank in range(world)]
     seen = Counter(row for batches in ranks for b in batches for row in b.rows)
     assert seen == Counter(store.origin(i) for i in range(rows) if store.trained[i])
@@ -213,3 +208,60 @@ def test_to_moves_all_tensors():
     moved = batch.to("meta")
     assert {t.device.type for t in (moved.input_ids, moved.targets, moved.mask)} == {"meta"}
     assert moved.rows == batch.rows
+
+
+v3 = MistralTokenizer.v3()
+
+
+def chat(question, answer, **more):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]}
+
+
+def config(tmp_path, monkeypatch, files, **settings):
+    """A config over jsonl files made of `files`; the keys of `data` name them."""
+    monkeypatch.setenv("MISTRAL_NB_CACHE", str(tmp_path / "cache"))
+    for name, rows in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    data = {k: ",".join(f"{tmp_path}/{part}" for part in v.split(",")) for k, v in settings.pop("data").items()}
+    return TrainConfig(model_id_or_path="m", run_dir="r", data=data, **{"seq_len": 32, "batch_size": 2, **settings})
+
+
+def test_load_data(tmp_path, monkeypatch):
+    files = {"a.jsonl": [chat(f"{i}?", "yes") for i in range(9)], "b.jsonl": [chat("no", "no " * 50)],
+             "t.jsonl": [{"text": "word " * 100}], "e.jsonl": [chat("1", "2"), chat("3", "4", weight=0)]}
+    data = {"instruct_data": "a.jsonl:3,b.jsonl", "data": "t.jsonl:2", "eval_instruct_data": "e.jsonl"}
+    cfg = config(tmp_path, monkeypatch, files, data=data, no_eval=False, num_microbatches=3)
+    with pytest.warns(UserWarning) as said: loader, deal = load_data(cfg, v3, world=2)
+    words = " ".join(str(w.message) for w in said)
+    assert "b.jsonl: 1 of 1 samples are longer than seq_len 32" in words
+    assert "e.jsonl: 1 of 2 samples have nothing" in words
+    assert [w * 6 for w in loader.mixture.weights] == pytest.approx([3, 1, 2])
+    assert [s.store.kind for s in loader.streams] == ["instruct", "instruct", "pretrain"]
+    assert [s.shuffle for s in loader.streams] == [True, True, False] and loader.packs_per_step == 12
+    assert [r for rank in (0, 1) for b in deal(rank) for r in b.rows] == [f"{tmp_path}/e.jsonl:1"]
+    batch = loader.batch(0)
+    i = int(batch.rows[0].rpartition(":")[2]) - 1
+    decoded = v3.decode(batch.targets[:batch.seqlens[0]][batch.mask[:batch.seqlens[0]]].tolist())
+    assert decoded == ("yes" if "a.jsonl" in batch.rows[0] else ("no " * 50).strip()[:len(decoded)]), i
+
+
+@pytest.mark.parametrize("files, data, kind, words", [
+    ({"a.jsonl": []}, {"instruct_data": "a.jsonl"}, ValueError, "no samples in"),
+    ({"a.jsonl": [chat("1", "2", weight=0)]}, {"instruct_data": "a.jsonl"}, ValueError, "nothing to train on in"),
+    ({"a.jsonl": [chat("1", "2"), {"messages": 3}]}, {"instruct_data": "a.jsonl"}, DataError, "a.jsonl:2: messages"),
+    ({"a.jsonl": [chat("1", "2")]}, {"instruct_data": "b.jsonl"}, SourceError, "b.jsonl"),
+    ({}, {}, ValueError, "no training data"),
+    ({"a.jsonl": [chat("1", "2")], "e.jsonl": []}, {"instruct_data": "a.jsonl", "eval_instruct_data": "e.jsonl"},
+     ValueError, "nothing to evaluate"),
+])
+def test_load_data_errors(tmp_path, monkeypatch, files, data, kind, words):
+    with pytest.raises(kind) as e: load_data(config(tmp_path, monkeypatch, files, data=data, no_eval=False), v3)
+    assert words in str(e.value)
+
+
+def test_other_ranks_warn_of_nothing(tmp_path, monkeypatch):
+    cfg = config(tmp_path, monkeypatch, {"b.jsonl": [chat("no", "no " * 50)]}, data={"instruct_data": "b.jsonl"})
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data(cfg, v3, world=2)

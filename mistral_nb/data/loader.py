@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from array import array
+from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace
@@ -16,12 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..config import TrainConfig
 from .pack import Epoch
 from .pack import plan_packs
+from .source import parse_sources
+from .store import TokenStore
+from .store import build_store
+from ..device import rank as this_rank
 
 # %% auto #0
 __all__ = ['Piece', 'Batch', 'collate', 'Pieces', 'cut_samples', 'split_samples', 'pieces_of', 'Stream', 'Mixture', 'TrainLoader',
-           'cut_notes', 'eval_batches']
+           'cut_notes', 'eval_batches', 'load_data']
 
 # %% ../../nbs/15_data.loader.ipynb #c9f6da16
 @dataclass(frozen=True, eq=False)
@@ -45,7 +52,7 @@ class Batch:
         return replace(self, **moved)
 
 # %% ../../nbs/15_data.loader.ipynb #597200bf
-Piece = tuple[Any, int, int, int]  # store, sample, first position, number of positions
+Piece = tuple[TokenStore, int, int, int]  # store, sample, first position, number of positions
 
 
 def collate(pieces: list[Piece]) -> Batch:
@@ -77,7 +84,7 @@ class Pieces:
         return len(self.sample)
 
 # %% ../../nbs/15_data.loader.ipynb #43a042de
-def cut_samples(store: Any, seq_len: int) -> Pieces:
+def cut_samples(store: TokenStore, seq_len: int) -> Pieces:
     "Each sample of `store` as one piece: its first `seq_len` positions."
     positions = store.lengths - 1
     keep = store.trained > 0
@@ -91,7 +98,7 @@ def cut_samples(store: Any, seq_len: int) -> Pieces:
     return Pieces(sample, np.zeros_like(sample), length, len(long), int(lost), len(empty), untrained)
 
 
-def split_samples(store: Any, seq_len: int) -> Pieces:
+def split_samples(store: TokenStore, seq_len: int) -> Pieces:
     "Each sample of `store` as consecutive pieces of at most `seq_len` positions."
     keep = np.flatnonzero(store.trained > 0)
     positions = store.lengths[keep] - 1
@@ -102,7 +109,7 @@ def split_samples(store: Any, seq_len: int) -> Pieces:
     return Pieces(np.repeat(keep, each), start, length, untrained=len(store) - len(keep))
 
 
-def pieces_of(store: Any, seq_len: int) -> Pieces:
+def pieces_of(store: TokenStore, seq_len: int) -> Pieces:
     "The pieces to pack: conversations cut, texts split."
     return split_samples(store, seq_len) if store.kind == "pretrain" else cut_samples(store, seq_len)
 
@@ -112,7 +119,7 @@ class Stream:
 
     def __init__(
         self,
-        store: Any,  # the tokenised samples
+        store: TokenStore,
         seq_len: int,  # positions in a pack
         shuffle: bool,  # draw each epoch anew; false: file order
         seed: tuple[int, ...] = (0,),  # of this source
@@ -150,7 +157,7 @@ class Stream:
                 for k in self.epoch(number if self.shuffle else 0)[i]]
 
 
-def _why_empty(store: Any, pieces: Pieces, seq_len: int) -> str:
+def _why_empty(store: TokenStore, pieces: Pieces, seq_len: int) -> str:
     "No piece is left of `store`: say why and what to do."
     if not len(store): return f"no samples in {store.name}: the file is empty"
     parts = {pieces.untrained: "have nothing to train on (no assistant message, or weight 0 on all of them)",
@@ -199,7 +206,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        sources: list[tuple[Any, float, bool]],  # store, weight, shuffle
+        sources: list[tuple[TokenStore, float, bool]],  # store, weight, shuffle
         seq_len: int,  # positions in a pack
         batch_size: int,  # packs in a batch
         num_microbatches: int = 1,  # batches in a step, per rank
@@ -254,7 +261,7 @@ class TrainLoader:
         return f"TrainLoader, up to {self.packs_per_step * self.seq_len:,} tokens a step\n" + "\n".join(parts)
 
 
-def _check_sources(sources: list[tuple[Any, float, bool]]) -> None:
+def _check_sources(sources: list[tuple[TokenStore, float, bool]]) -> None:
     if not sources: raise ValueError("no training data: set data.instruct_data or data.data")
     for store, weight, _ in sources:
         if not (weight > 0 and math.isfinite(weight)):
@@ -267,7 +274,7 @@ def _check_range(name: str, value: int, below: float) -> None:
         raise ValueError(f"{name} {value} is out of range: expected 0 {upper}")
 
 # %% ../../nbs/15_data.loader.ipynb #5d3aad4d
-def cut_notes(store: Any, pieces: Pieces, seq_len: int) -> list[str]:
+def cut_notes(store: TokenStore, pieces: Pieces, seq_len: int) -> list[str]:
     "In words: what `pieces` leave out of `store`."
     of, longest = f"of {len(store):,} samples", int(max(store.lengths, default=1)) - 1
     gone = f"; of {pieces.dropped:,} nothing trained remained and they were left out" if pieces.dropped else ""
@@ -278,7 +285,7 @@ def cut_notes(store: Any, pieces: Pieces, seq_len: int) -> list[str]:
 
 # %% ../../nbs/15_data.loader.ipynb #033ca564
 def eval_batches(
-    stores: list[Any],  # the tokenised samples of each source
+    stores: list[TokenStore],
     seq_len: int,  # positions in a pack
     batch_size: int,  # packs in a batch
     rank: int = 0,
@@ -287,7 +294,8 @@ def eval_batches(
     "All samples of `stores`, each once over all ranks, in file order."
     pieces = [(store, int(i), int(a), int(n)) for store in stores
               for p in [pieces_of(store, seq_len)] for i, a, n in zip(p.sample, p.start, p.length)]
-    if not pieces: raise ValueError(f"nothing to evaluate: no trained token in {', '.join(s.name for s in stores) or '[]'}")
+    names = ", ".join(store.name for store in stores) or "no store at all"
+    if not pieces: raise ValueError(f"nothing to evaluate: no trained token in {names}")
     packs = list(plan_packs(np.array([p[3] for p in pieces]), seq_len).epoch())
     batches = [packs[g : g + batch_size] for g in range(0, len(packs), batch_size)]
     return (collate([pieces[k] for pack in batches[b] for k in pack]) if b < len(batches) else _nothing(pieces[0])
@@ -298,3 +306,24 @@ def _nothing(piece: Piece) -> Batch:
     "One position that counts for no row and no loss."
     batch = collate([(*piece[:3], 1)])
     return replace(batch, mask=torch.zeros_like(batch.mask), rows=[])
+
+# %% ../../nbs/15_data.loader.ipynb #382c4103
+def load_data(
+    cfg: TrainConfig,
+    tokenizer: Any,  # MistralTokenizer of the model folder
+    world: int = 1,  # ranks
+) -> tuple[TrainLoader, Callable[..., Iterator[Batch]] | None]:
+    "The loader of the training data and, if `cfg` evaluates, a function from the rank to the evaluation batches."
+    data, instruct = cfg.data, cfg.data.instruct
+    build = lambda source: build_store(source, tokenizer, instruct.exact_context, instruct.dynamic_chunk_fn_call)
+    named = [(s, instruct.shuffle) for s in parse_sources(data.instruct_data, "instruct")]
+    named += [(s, data.shuffle) for s in parse_sources(data.data, "pretrain")]
+    sources = [(build(source), source.weight, shuffle) for source, shuffle in named]
+    loader = TrainLoader(sources, cfg.seq_len, cfg.batch_size, cfg.num_microbatches, cfg.seed, world)
+    stores = [] if cfg.no_eval else [build(s) for s in parse_sources(data.eval_instruct_data, "instruct")]
+    notes = loader.notes + [n for s in stores for n in cut_notes(s, pieces_of(s, cfg.seq_len), cfg.seq_len)]
+    for note in notes if this_rank() == 0 else []: warnings.warn(note, stacklevel=2)
+    if not stores: return loader, None
+    deal = lambda rank=0: eval_batches(stores, cfg.seq_len, cfg.batch_size, rank, world)
+    deal()  # so that data without a trained token is refused now, not after the first thousand steps
+    return loader, deal

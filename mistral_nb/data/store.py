@@ -149,7 +149,7 @@ class StoreWriter:
 
     def add(self, samples: list[TokenSample], file: int, line: int) -> None:
         "The samples of one row; a row without samples counts as an empty one."
-        samples = samples or [TokenSample.of([], [])]
+        samples = samples or [TokenSample(np.empty(0, np.int32), np.empty(0, bool))]
         self.samples += samples
         self.origins += [(file, line)] * len(samples)
         self.tokens += sum(len(s.ids) for s in samples)
