@@ -7,31 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from functools import lru_cache
 from typing import Any
 
-from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
 from mistral_common.protocol.instruct.messages import SystemMessage
 from mistral_common.protocol.instruct.messages import ToolMessage
 from mistral_common.protocol.instruct.messages import UserMessage
-from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.tool_calls import Function
 from mistral_common.protocol.instruct.tool_calls import FunctionCall
 from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.tool_calls import ToolCall
 
 # %% auto #0
-__all__ = ['CODES', 'TYPES', 'NESTED', 'FOREIGN_ID', 'LETTERS', 'ALSO_KNOWN', 'REASONING', 'PARSERS', 'OTHER_FORMATS', 'RowError',
-           'described', 'expect_object', 'either', 'checked_text', 'content_part', 'parse_content', 'mended_schema',
-           'mended_name', 'parse_tool', 'tools_of_text', 'check_tool', 'rules', 'parse_tools', 'no_json',
-           'checked_arguments', 'checked_id', 'parse_call', 'parse_calls', 'parse_user', 'parse_system', 'parse_result',
-           'parse_assistant', 'required', 'checked_weight', 'parse_message', 'Text', 'Conversation', 'check_ends',
-           'check_links', 'check_neighbours', 'check_template', 'culprit', 'check_rules', 'parse_messages',
-           'parse_chat', 'parse_text', 'check_kind', 'parse_row']
+__all__ = ['CODES', 'TYPES', 'SCHEMAS', 'NAMED_SCHEMAS', 'OUR_ID', 'FOREIGN_ID', 'LETTERS', 'REASONING', 'PARSERS', 'ALSO_CALLED',
+           'OTHER_FORMATS', 'WARNINGS', 'RowError', 'described', 'expect_object', 'either', 'checked_text', 'text_part',
+           'parse_content', 'mended_schema', 'mended_name', 'function_of', 'parse_tool', 'rules', 'check_tool',
+           'reason', 'tools_of_text', 'parse_tools', 'no_json', 'checked_arguments', 'nine_letters', 'checked_id',
+           'parse_call', 'parse_calls', 'parse_system', 'parse_user', 'parse_result', 'needed_content',
+           'parse_assistant', 'checked_weight', 'checked_role', 'parse_message', 'Text', 'Conversation', 'check_ends',
+           'check_links', 'check_answered', 'check_neighbours', 'check_template', 'culprit', 'check_rules',
+           'parse_messages', 'parse_chat', 'parse_text', 'check_kind', 'parse_row', 'RowWarning', 'plain_text',
+           'schema_checker', 'review_call', 'review', 'message_row', 'as_row']
 
 # %% ../../nbs/10_data.sample.ipynb #419b085e
 CODES = {
@@ -39,27 +40,30 @@ CODES = {
     "not_an_object":     "a row, a message, a tool or a call is not a JSON object",
     "not_text":          "a text is missing or is not a string",
     "bad_unicode":       "a text holds half of a surrogate pair, which no tokenizer can read",
+    "too_deep":          "brackets are nested too deep to be followed",
     "two_spellings":     "one thing is given under two names",
     "wrong_kind":        "an instruct row in pretrain data, or the other way round",
     "other_format":      "a row of another format, which the reformat command converts",
     "no_messages":       "no messages, or an empty list of them",
     "unknown_role":      "a role that is none of system, user, assistant, tool",
-    "unsupported":       "a kind of content that is not text, such as images or reasoning",
+    "unsupported":       "content that is not text, such as images or reasoning",
     "empty_answer":      "an assistant message without content and without tool calls",
-    "empty_text":        "a pretrain row without any text",
+    "empty_text":        "a pretrain row without text",
     "bad_weight":        "a weight that is neither 0 nor 1",
     "mixed_weights":     "neighbouring assistant messages, which inference joins, with different weights",
-    "bad_flag":          "`only_last` is neither true nor false",
-    "bad_tool":          "a tool definition that mistral-common refuses",
-    "bad_call":          "a tool call without a name, or of an unknown type",
-    "bad_call_id":       "a tool call id that is not nine letters and digits",
+    "bad_flag":          "only_last is neither true nor false",
+    "bad_tool":          "a tool definition that cannot be used",
+    "no_tools_here":     "tools or calls for a tokenizer whose template has none",
+    "bad_call":          "a tool call in the wrong place or of the wrong form",
+    "bad_call_id":       "a call id that is not nine letters and digits",
     "bad_arguments":     "arguments that are not a JSON object",
     "unmatched_result":  "a tool result whose id is of no open call",
+    "unanswered_call":   "a call without a result before the next answer",
     "duplicate_id":      "one call id used twice in a message, or answered twice",
     "starts_wrong":      "a chat that starts with neither a system nor a user message",
     "ends_wrong":        "a chat whose last message is not an answer of the assistant",
     "system_mid_chat":   "a system message in mid-chat, where the template has no place for it",
-    "content_and_calls": "content and tool calls in one message, which the template cannot write",
+    "content_and_calls": "content and tool calls in one turn, which the template cannot write",
     "bad_structure":     "messages in an order that mistral-common refuses",
     "bad_message":       "a message that mistral-common refuses",
     "tokenizer_refuses": "a row that passed every check and still could not be tokenised",
@@ -67,15 +71,14 @@ CODES = {
 
 # %% ../../nbs/10_data.sample.ipynb #2db93021
 class RowError(ValueError):
-    """A row that cannot be used: `code` (a key of `CODES`), `field` (where in the row), `message` (what, and what to do)."""
+    """A row that cannot be used: a `code` of `CODES`, a `message` for a person, the `field` where the fault is."""
 
     def __init__(self, code: str, message: str, field: str = ""):
         assert code in CODES, code
         super().__init__(f"{field}: {message}" if field else message)
         self.code, self.message, self.field = code, message, field
 
-    def __reduce__(self):
-        return RowError, (self.code, self.message, self.field)
+    def __reduce__(self): return RowError, (self.code, self.message, self.field)  # it travels between processes
 
 # %% ../../nbs/10_data.sample.ipynb #d0b98e79
 def described(value: Any) -> str:
@@ -96,9 +99,9 @@ def expect_object(value: Any, field: str, what: str) -> dict:
 
 
 def either(row: dict, first: str, second: str, field: str = "") -> tuple[str, Any]:
-    """The name and value of one of two spellings in `row`; null counts as absent, both at once is an error."""
-    found = [name for name in (first, second) if row.get(name) is not None]
-    if len(found) < 2: return (found or [first])[0], row.get((found or [first])[0])
+    """The name and value of one of two spellings in `row`; null counts as absent."""
+    found = [name for name in (first, second) if row.get(name) is not None] or [first]
+    if len(found) == 1: return found[0], row.get(found[0])
     raise RowError("two_spellings", f"expected one of {first} and {second}, received both; remove one of them", field)
 
 # %% ../../nbs/10_data.sample.ipynb #cb29eb83
@@ -108,18 +111,17 @@ def checked_text(value: Any, field: str, what: str = "content") -> str:
         raise RowError("not_text", f"{what} must be a string, received {described(value)}", field)
     try: value.encode()
     except UnicodeEncodeError as e:
-        raise RowError("bad_unicode", f"character {e.start} of {what} is half of a surrogate pair "
-                       f"({value[e.start]!r}); write the whole character or remove it", field) from None
+        half = f"character {e.start} of {what} is half of a surrogate pair ({value[e.start]!r})"
+        raise RowError("bad_unicode", f"{half}; write the whole character, or remove it", field) from None
     return value
 
 
-def content_part(part: Any, field: str) -> TextChunk:
-    """One text part of a content list."""
-    kind = expect_object(part, field, "a content part").get("type", "text")
-    if kind != "text":
-        raise RowError("unsupported", f"only parts of type text can be trained on, received {described(kind)}; "
-                       "remove the part or write it as text", field)
-    return TextChunk(text=checked_text(part.get("text"), f"{field}.text", "text"))
+def text_part(part: Any, field: str) -> TextChunk:
+    """One part of a content list, which must be text."""
+    kind = expect_object(part, field, "a content part").get("type") or "text"
+    if kind == "text": return TextChunk(text=checked_text(part.get("text"), f"{field}.text", "the text"))
+    raise RowError("unsupported", f"only parts of type text can be trained on, received {described(kind)}; "
+                   "remove the part, or put its meaning into text", field)
 
 
 def parse_content(message: dict, field: str) -> str | list[TextChunk] | None:
@@ -128,13 +130,14 @@ def parse_content(message: dict, field: str) -> str | list[TextChunk] | None:
     field = f"{field}.{name}"
     if value is None: return None
     if not isinstance(value, list): return checked_text(value, field)
-    parts = [content_part(part, f"{field}[{i}]") for i, part in enumerate(value)]
+    parts = [part for i, p in enumerate(value) if (part := text_part(p, f"{field}[{i}]")).text]
     return parts if len(parts) > 1 else parts[0].text if parts else ""
 
 # %% ../../nbs/10_data.sample.ipynb #15577791
 TYPES = {"dict": "object", "float": "number", "double": "number", "int": "integer", "long": "integer", "str": "string",
          "char": "string", "bool": "boolean", "list": "array", "tuple": "array", "none": "null"}
-NESTED = ("items", "additionalProperties", "not", "if", "then", "else")
+SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "anyOf", "oneOf", "allOf")
+NAMED_SCHEMAS = ("properties", "definitions", "$defs")
 
 
 def mended_schema(schema: Any) -> Any:
@@ -144,65 +147,74 @@ def mended_schema(schema: Any) -> Any:
     out, kind = dict(schema), schema.get("type")
     if isinstance(kind, str): out["type"] = TYPES.get(kind.lower(), kind)
     if isinstance(kind, str) and kind.lower() == "any": del out["type"]
-    for name in NESTED + ("anyOf", "oneOf", "allOf"):
+    for name in SCHEMAS:
         if name in out: out[name] = mended_schema(out[name])
-    for name in ("properties", "$defs", "definitions"):
+    for name in NAMED_SCHEMAS:
         if isinstance(out.get(name), dict): out[name] = {k: mended_schema(v) for k, v in out[name].items()}
     return out
 
-
+# %% ../../nbs/10_data.sample.ipynb #5d94ee25
 def mended_name(value: Any, field: str) -> str:
-    """A function's name; dots become underscores, which is how a template can write it."""
+    """A function's name; dots, which no template can write, become underscores."""
     return checked_text(value, field, "the function's name").replace(".", "_")
 
-# %% ../../nbs/10_data.sample.ipynb #5d94ee25
+
+def function_of(thing: dict, field: str, code: str) -> tuple[dict, str]:
+    """The `function` of a tool or a call, and its field."""
+    kind = thing.get("type") or "function"
+    if kind != "function": raise RowError(code, f"type must be 'function', received {described(kind)}", f"{field}.type")
+    return expect_object(thing.get("function"), f"{field}.function", "the function"), f"{field}.function"
+
+
 def parse_tool(tool: Any, field: str) -> Tool:
     """One tool definition as mistral-common's `Tool`."""
-    tool = expect_object(tool, field, "a tool")
-    if tool.get("type", "function") != "function":
-        raise RowError("bad_tool", f"type must be 'function', received {described(tool['type'])}", f"{field}.type")
-    function = expect_object(tool.get("function"), f"{field}.function", "the tool's function")
-    parameters = expect_object(function.get("parameters") or {}, f"{field}.function.parameters", "parameters")
-    description = checked_text(function.get("description") or "", f"{field}.function.description", "the description")
-    name = mended_name(function.get("name"), f"{field}.function.name")
-    return Tool(function=Function(name=name, description=description, parameters=mended_schema(parameters)))
+    function, field = function_of(expect_object(tool, field, "a tool"), field, "bad_tool")
+    name = mended_name(function.get("name"), f"{field}.name")
+    about = checked_text(function.get("description") or "", f"{field}.description", "the description")
+    schema = expect_object(function.get("parameters") or {}, f"{field}.parameters", "parameters")
+    return Tool(function=Function(name=name, description=about, parameters=mended_schema(schema)))
 
-
-@lru_cache(maxsize=512)
-def tools_of_text(text: str, field: str) -> list[Tool]:
-    """The checked tools of a JSON list; the same text gives the same objects, which nobody changes."""
-    tools = [parse_tool(tool, f"{field}[{i}]") for i, tool in enumerate(json.loads(text))]
-    for i, tool in enumerate(tools):
-        try: check_tool(tool)
-        except MistralCommonException as e:
-            raise RowError("bad_tool", f"mistral-common refuses this tool: {e.message}", f"{field}[{i}].function") from e
-    return tools
-
-
-def check_tool(tool: Tool) -> None:
-    """Let mistral-common's request validator judge one tool."""
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    rules("v7", "test").validate_request(ChatCompletionRequest(messages=[UserMessage(content="?")], tools=[tool]))
-
-
-@lru_cache(maxsize=None)
+# %% ../../nbs/10_data.sample.ipynb #069c31d9
+@cache
 def rules(version: str, mode: str):
-    """mistral-common's validator for a tokenizer `version`; imported at first use, since it is slow to import."""
+    """mistral-common's validator for a tokenizer `version`; imported at first use, for importing it takes a while."""
     from mistral_common.protocol.instruct.validator import ValidationMode
     from mistral_common.protocol.instruct.validator import get_validator
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
     return get_validator(TokenizerVersion(version), ValidationMode(mode))
 
 
+def check_tool(tool: Tool, field: str) -> None:
+    """Let mistral-common's request validator judge one tool."""
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    try: rules("v7", "test").validate_request(ChatCompletionRequest(messages=[UserMessage(content="?")], tools=[tool]))
+    except Exception as e:
+        raise RowError("bad_tool", f"mistral-common refuses this tool: {reason(e)}", f"{field}.function") from e
+
+
+def reason(error: Exception) -> str:
+    """What `error` says, which mistral-common's exceptions keep in `message`."""
+    return (str(getattr(error, "message", error)) or type(error).__name__)[:300]
+
+
+@lru_cache(maxsize=512)
+def tools_of_text(text: str, field: str) -> list[Tool]:
+    """The checked tools of a JSON list; nobody changes them, for rows share them."""
+    tools = [parse_tool(tool, f"{field}[{i}]") for i, tool in enumerate(json.loads(text))]
+    for i, tool in enumerate(tools): check_tool(tool, f"{field}[{i}]")
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) == len(names): return tools
+    raise RowError("bad_tool", f"two tools are called {max(names, key=names.count)!r}; remove or rename one", field)
+
+
 def parse_tools(row: dict) -> list[Tool] | None:
     """The tools of a row; an empty list says the same as none."""
-    name, value = either({k: v or None for k, v in row.items() if k in ("tools", "available_tools")},
-                         "tools", "available_tools")
+    name, value = either({k: row.get(k) or None for k in ("tools", "available_tools")}, "tools", "available_tools")
     if value is None: return None
     if not isinstance(value, list):
-        raise RowError("bad_tool", f"{name} must be a list of tools, received {described(value)}", name)
+        raise RowError("bad_tool", f"expected a list of tools, received {described(value)}", name)
     try: text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError: raise RowError("bad_tool", f"{name} holds a number that JSON cannot write", name) from None
+    except ValueError: raise RowError("bad_tool", "a number in it cannot be written in JSON", name) from None
     return tools_of_text(checked_text(text, name, name), name)
 
 # %% ../../nbs/10_data.sample.ipynb #03826eaf
@@ -213,109 +225,125 @@ def checked_arguments(value: Any, field: str) -> str:
     """The arguments of a call as a string of JSON."""
     if value is None or value == "": return "{}"
     try:
-        if isinstance(value, dict): value = json.dumps(value, ensure_ascii=False)
-        parsed = json.loads(checked_text(value, field, "arguments"), parse_constant=no_json)
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+        text = checked_text(text, field, "arguments")
+        parsed = json.loads(text, parse_constant=no_json)
         checked_text(json.dumps(parsed, ensure_ascii=False, allow_nan=False), field, "arguments")
     except RowError: raise
-    except (ValueError, RecursionError) as e:
-        raise RowError("bad_arguments", f"arguments must be a JSON object in a string such as '{{\"city\": \"Paris\"}}', "
+    except ValueError as e:
+        raise RowError("bad_arguments", "arguments must be a JSON object in a string such as '{\"city\": \"Paris\"}', "
                        f"received {described(value)} ({str(e)[:80]})", field) from None
-    if isinstance(parsed, dict): return value
-    raise RowError("bad_arguments", f"arguments must be a JSON object of named arguments, received {described(parsed)}", field)
+    if isinstance(parsed, dict): return text
+    raise RowError("bad_arguments", f"arguments must have names, received {described(parsed)}; write an object", field)
 
-
-FOREIGN_ID = re.compile(r"(call|toolu|chatcmpl-tool)[_-].", re.S)
+# %% ../../nbs/10_data.sample.ipynb #cc6239a7
+OUR_ID, FOREIGN_ID = re.compile(r"[A-Za-z0-9]{9}"), re.compile(r"(call|toolu|chatcmpl-tool)[_-].+", re.S)
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
+def nine_letters(text: str) -> str:
+    """Nine letters and digits that depend on `text` alone."""
+    return "".join(LETTERS[byte % 62] for byte in hashlib.sha256(text.encode()).digest()[:9])
+
+
 def checked_id(value: Any, field: str) -> str:
-    """A call id of nine letters and digits; one that another API made is rewritten, always to the same nine."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9]{9}", value): return value
-    if not isinstance(value, str) or not FOREIGN_ID.match(value):
-        raise RowError("bad_call_id", f"an id must be nine letters and digits such as 'AbC123xyZ', received {described(value)}; "
-                       "use the same nine in the call and in its result", field)
-    return "".join(LETTERS[byte % 62] for byte in hashlib.sha256(checked_text(value, field, "the id").encode()).digest()[:9])
+    """A call id of nine letters and digits; one that another API made is rewritten."""
+    if isinstance(value, str) and OUR_ID.fullmatch(value): return value
+    if isinstance(value, str) and FOREIGN_ID.fullmatch(value): return nine_letters(checked_text(value, field, "the id"))
+    raise RowError("bad_call_id", "an id must be nine letters and digits such as 'AbC123xyZ', received "
+                   f"{described(value)}; write the same nine into the call and its result", field)
 
 # %% ../../nbs/10_data.sample.ipynb #1498dde5
 def parse_call(call: Any, field: str, last: bool) -> ToolCall:
-    """One tool call; in the `last` message, where no result refers to it, its id may be missing."""
-    call = expect_object(call, field, "a tool call")
-    if call.get("type", "function") != "function":
-        raise RowError("bad_call", f"type must be 'function', received {described(call['type'])}", f"{field}.type")
-    function = expect_object(call.get("function"), f"{field}.function", "the call's function")
-    name = mended_name(function.get("name"), f"{field}.function.name")
-    arguments = checked_arguments(function.get("arguments"), f"{field}.function.arguments")
-    made_up = last and call.get("id") in (None, "", "null")
-    id_ = checked_id(f"call_{field}" if made_up else call.get("id"), f"{field}.id")
+    """One tool call; in the `last` message of a chat, where no result can refer to it, its id may be missing."""
+    function, inside = function_of(expect_object(call, field, "a tool call"), field, "bad_call")
+    name = mended_name(function.get("name"), f"{inside}.name")
+    arguments = checked_arguments(function.get("arguments"), f"{inside}.arguments")
+    free = last and call.get("id") in (None, "", "null")
+    id_ = nine_letters(field) if free else checked_id(call.get("id"), f"{field}.id")
     return ToolCall(id=id_, function=FunctionCall(name=name, arguments=arguments))
 
 
 def parse_calls(message: dict, field: str, last: bool) -> list[ToolCall] | None:
     """The tool calls of an assistant message; an empty list says the same as none."""
-    if "function_call" in message and message["function_call"] is not None:
-        raise RowError("other_format", "function_call is the old spelling of tool_calls; run `mistral-nb reformat` on the file",
-                       f"{field}.function_call")
+    if message.get("function_call"):
+        raise RowError("other_format", "function_call is an old spelling of tool_calls; convert the file with "
+                       "`mistral-nb reformat`", f"{field}.function_call")
     value, field = message.get("tool_calls") or None, f"{field}.tool_calls"
     if value is None: return None
-    if not isinstance(value, list): raise RowError("bad_call", f"tool_calls must be a list, received {described(value)}", field)
+    if not isinstance(value, list):
+        raise RowError("bad_call", f"expected a list of calls, received {described(value)}", field)
     calls = [parse_call(call, f"{field}[{i}]", last) for i, call in enumerate(value)]
     if len({call.id for call in calls}) == len(calls): return calls
-    raise RowError("duplicate_id", "two calls of one message share an id, so their results cannot be told apart", field)
+    raise RowError("duplicate_id", "two calls share an id, so their results cannot be told apart; change one", field)
 
 # %% ../../nbs/10_data.sample.ipynb #5ec3dce2
-ALSO_KNOWN = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
-              "chatbot": "assistant", "developer": "system", "function": "tool", "ipython": "tool", "observation": "tool"}
-REASONING = ("reasoning", "reasoning_content", "thinking")
+def parse_system(message: dict, field: str, last: bool) -> SystemMessage:
+    """A system message."""
+    return SystemMessage(content=needed_content(message, field))
 
 
 def parse_user(message: dict, field: str, last: bool) -> UserMessage:
-    return UserMessage(content=required(parse_content(message, field), f"{field}.content"))
-
-
-def parse_system(message: dict, field: str, last: bool) -> SystemMessage:
-    return SystemMessage(content=required(parse_content(message, field), f"{field}.content"))
+    """A user message."""
+    return UserMessage(content=needed_content(message, field))
 
 
 def parse_result(message: dict, field: str, last: bool) -> ToolMessage:
-    content = required(parse_content(message, field), f"{field}.content")
+    """A tool message: what a call gave."""
     name = None if message.get("name") is None else mended_name(message["name"], f"{field}.name")
-    return ToolMessage(content=content, tool_call_id=checked_id(message.get("tool_call_id"), f"{field}.tool_call_id"), name=name)
+    id_ = checked_id(message.get("tool_call_id"), f"{field}.tool_call_id")
+    return ToolMessage(content=needed_content(message, field), tool_call_id=id_, name=name)
+
+
+def needed_content(message: dict, field: str) -> str | list[TextChunk]:
+    """The content of a message that cannot be without."""
+    content = parse_content(message, field)
+    return checked_text(content, f"{field}.content") if content is None else content
+
+# %% ../../nbs/10_data.sample.ipynb #163f3526
+REASONING = ("reasoning", "reasoning_content", "thinking")
 
 
 def parse_assistant(message: dict, field: str, last: bool) -> FinetuningAssistantMessage:
+    """An assistant message: content, tool calls or both, and its weight."""
     for name in REASONING:
-        if not message.get(name): continue
-        raise RowError("unsupported", f"{name} cannot be trained on; remove it, or write it into the content", f"{field}.{name}")
+        if message.get(name):
+            raise RowError("unsupported", "reasoning cannot be trained on; remove it, or write it into the content",
+                           f"{field}.{name}")
     content, calls = parse_content(message, field), parse_calls(message, field, last)
     if not content and not calls:
-        raise RowError("empty_answer", "an assistant message needs content or tool_calls; fill it in, or remove the message", field)
+        raise RowError("empty_answer", "expected content or tool_calls, received neither; fill in one, or remove "
+                       "the message", field)
     weight = checked_weight(message.get("weight"), f"{field}.weight")
     return FinetuningAssistantMessage(content=content or None, tool_calls=calls, weight=weight)
 
 
-def required(content: Any, field: str) -> str | list[TextChunk]:
-    return checked_text(content, field) if content is None else content
-
-
 def checked_weight(value: Any, field: str) -> float:
-    """1 for a trained answer, 0 for one that is only context."""
+    """1 for an answer that is trained, 0 for one that is only context."""
     if value is None: return 1.0
     if isinstance(value, (int, float)) and value in (0, 1): return float(value)
     raise RowError("bad_weight", f"weight must be 0 (context only) or 1 (trained), received {described(value)}", field)
 
-
+# %% ../../nbs/10_data.sample.ipynb #036147be
 PARSERS = {"system": parse_system, "user": parse_user, "assistant": parse_assistant, "tool": parse_result}
+ALSO_CALLED = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+               "ai": "assistant", "chatbot": "assistant", "developer": "system", "function": "tool", "ipython": "tool"}
 
-# %% ../../nbs/10_data.sample.ipynb #163f3526
+
+def checked_role(role: Any, field: str) -> str:
+    """One of the four roles."""
+    if isinstance(role, str) and role in PARSERS: return role
+    likely = ALSO_CALLED.get(role.strip().lower(), role.strip().lower()) if isinstance(role, str) else ""
+    hint = f"; rename it to {likely!r}" if likely in PARSERS else ""
+    raise RowError("unknown_role", f"role must be one of {', '.join(PARSERS)}, received {described(role)}{hint}", field)
+
+
 def parse_message(message: Any, field: str, last: bool = False):
-    """One message of a row as mistral-common's class of its role."""
-    role = expect_object(message, field, "a message").get("role")
-    if not isinstance(role, str) or role not in PARSERS:
-        likely = ALSO_KNOWN.get(role.lower(), role.lower()) if isinstance(role, str) else ""
-        hint = f"; rename it to '{likely}'" if likely in PARSERS else ""
-        raise RowError("unknown_role", f"role must be one of {', '.join(PARSERS)}, received {described(role)}{hint}", f"{field}.role")
+    """One message of a row as mistral-common's class for its role."""
+    role = checked_role(expect_object(message, field, "a message").get("role"), f"{field}.role")
     if role != "assistant" and message.get("tool_calls"):
-        raise RowError("bad_call", f"only an assistant calls tools, received tool_calls in a {role} message", f"{field}.tool_calls")
+        raise RowError("bad_call", f"only an assistant calls tools, received tool_calls in a {role} message",
+                       f"{field}.tool_calls")
     return PARSERS[role](message, field, last)
 
 # %% ../../nbs/10_data.sample.ipynb #9b91230c
@@ -328,73 +356,88 @@ class Text:
 @dataclass(frozen=True)
 class Conversation:
     """A checked chat."""
-    messages: list            # mistral-common messages; every assistant message has weight 0.0 or 1.0
-    tools: list[Tool] | None  # what the assistant may call; None when there is nothing
-    only_last: bool           # train the last answer only
+    messages: list  # mistral-common's messages; each assistant message has weight 0.0 or 1.0
+    tools: list[Tool] | None  # what the assistant may call
+    only_last: bool  # train the last answer only
+    fields: tuple[str, ...] = ()  # where each message stands in its row
 
 # %% ../../nbs/10_data.sample.ipynb #1b17d5fc
 def check_ends(messages: list, fields: list[str]) -> None:
     """A chat starts with the system or the user, and ends with an answer."""
     first, last = messages[0].role, messages[-1].role
     if first not in ("system", "user"):
-        raise RowError("starts_wrong", f"a chat must start with a system or user message, received {first}; "
+        raise RowError("starts_wrong", f"a chat must start with a system or user message, received role {first}; "
                        "put the question before it, or remove it", fields[0])
     if last != "assistant":
-        raise RowError("ends_wrong", f"a chat must end with an assistant message, received {last}; "
+        raise RowError("ends_wrong", f"a chat must end with an assistant message, received role {last}; "
                        "remove what follows the last answer", fields[-1])
 
 
 def check_links(messages: list, fields: list[str]) -> None:
     """Every tool result answers one call of the assistant message before it, once."""
     asked, answered = set(), set()
-    for i, message in enumerate(messages):
-        if message.role == "assistant": asked, answered = {call.id for call in message.tool_calls or []}, set()
+    for message, field in zip(messages, fields):
+        if message.role == "assistant":
+            check_answered(asked - answered, field)
+            asked, answered = {call.id for call in message.tool_calls or []}, set()
         if message.role != "tool": continue
-        id_, field = message.tool_call_id, f"{fields[i]}.tool_call_id"
+        id_, field = message.tool_call_id, f"{field}.tool_call_id"
         if id_ not in asked:
-            raise RowError("unmatched_result", f"the id must be of a call in the assistant message before, received {id_!r}; "
-                           f"open ids are {', '.join(sorted(asked)) or 'none'}", field)
-        if id_ in answered: raise RowError("duplicate_id", f"call {id_!r} is answered twice; give each call one result", field)
+            calls = ", ".join(sorted(asked)) or "none"
+            raise RowError("unmatched_result", f"expected the id of a call in the assistant message before ({calls}), "
+                           f"received {id_!r}; give the call and its result one id", field)
+        if id_ in answered: raise RowError("duplicate_id", f"call {id_!r} has two results; remove one", field)
         answered.add(id_)
+
+
+def check_answered(open_ids: set[str], field: str) -> None:
+    """Before the assistant speaks again, no call is left without a result."""
+    if not open_ids: return
+    calls = ", ".join(sorted(open_ids))
+    raise RowError("unanswered_call", f"expected the results of {calls} before this message, received none; "
+                   "add tool messages with these ids, or remove the calls", field)
 
 
 def check_neighbours(messages: list, fields: list[str]) -> None:
     """Neighbouring assistant messages, which inference joins, have one weight."""
-    for i, (a, b) in enumerate(zip(messages, messages[1:]), 1):
+    for a, b, field in zip(messages, messages[1:], fields[1:]):
         if a.role == b.role == "assistant" and a.weight != b.weight:
-            raise RowError("mixed_weights", f"inference joins neighbouring assistant messages, received weights {a.weight:.0f} "
-                           f"and {b.weight:.0f}; join them, or give both the same weight", f"{fields[i]}.weight")
+            raise RowError("mixed_weights", "inference joins this with the message before it, received weights "
+                           f"{a.weight:.0f} and {b.weight:.0f}; give both the same", f"{field}.weight")
 
-
-def check_template(messages: list, fields: list[str], version: str) -> None:
-    """What templates up to v3 cannot write: a system message in mid-chat, content and calls in one turn."""
-    for i, (before, message) in enumerate(zip([None, *messages], messages)):
+# %% ../../nbs/10_data.sample.ipynb #3c771e74
+def check_template(messages: list, tools: list[Tool] | None, fields: list[str], version: str) -> None:
+    """Refuse what the templates up to v3 cannot write."""
+    calls = [field for m, field in zip(messages, fields) if m.role == "tool" or getattr(m, "tool_calls", None)]
+    if version == "v1" and (tools or calls):
+        raise RowError("no_tools_here", "the v1 template has no tools; remove them, or use a model whose tokenizer is "
+                       "v3 or later", calls[0] if calls else "tools")
+    for before, message, field in zip([None, *messages], messages, fields):
         if before and message.role == "system" != before.role:
-            raise RowError("system_mid_chat", f"the {version} template has one place for the system prompt and would move this "
-                           "message; put it first, or into the user's message", fields[i])
+            raise RowError("system_mid_chat", f"the {version} template would move this message to the place of the "
+                           "system prompt; put it first, or into a user message", field)
         turn = [before, message] if before and before.role == message.role == "assistant" else [message]
         if any(m.content for m in turn) and any(getattr(m, "tool_calls", None) for m in turn):
-            raise RowError("content_and_calls", f"the {version} template cannot write content and tool calls in one turn; remove "
-                           "the content, or use a model with a tokenizer of v7 or later", fields[i])
+            raise RowError("content_and_calls", f"the {version} template cannot write content and tool calls in one "
+                           "turn; remove the content, or use a model whose tokenizer is v7 or later", field)
 
 # %% ../../nbs/10_data.sample.ipynb #e0b23d4a
-def culprit(messages: list, version: str, reason: str) -> int:
-    """The index of the message at which mistral-common first refuses for `reason`."""
+def culprit(messages: list, version: str, why: str) -> int:
+    """The index of the message at which mistral-common first refuses because of `why`."""
     for i in range(len(messages)):
         try: rules(version, "agnostic").validate_messages(messages[:i + 1])
         except Exception as e:
-            if reason == str(getattr(e, "message", e)): return i
+            if reason(e) == why: return i
     return len(messages) - 1
 
 
 def check_rules(messages: list, fields: list[str], version: str) -> None:
-    """Let mistral-common's fine-tuning validator of `version` judge the messages."""
+    """Let mistral-common's fine-tuning validator for `version` judge the messages."""
     try: rules(version, "finetuning").validate_messages(messages)
-    except (MistralCommonException, ValueError) as e:
-        reason = str(getattr(e, "message", e))
+    except Exception as e:
         code = "bad_structure" if "Structure" in type(e).__name__ else "bad_message"
-        raise RowError(code, f"mistral-common refuses this for a {version} tokenizer: {reason}",
-                       fields[culprit(messages, version, reason)]) from e
+        field = fields[culprit(messages, version, reason(e))]
+        raise RowError(code, f"mistral-common refuses this for a {version} tokenizer: {reason(e)}", field) from e
 
 # %% ../../nbs/10_data.sample.ipynb #3c9edf32
 def parse_messages(row: dict) -> tuple[list, list[str]]:
@@ -406,54 +449,133 @@ def parse_messages(row: dict) -> tuple[list, list[str]]:
     messages = [parse_message(m, field, field == fields[-1]) for m, field in zip(value, fields)]
     if not row.get("system_prompt"): return messages, fields
     if any(m.role == "system" for m in messages):
-        raise RowError("two_spellings", "expected a system_prompt or a system message, received both; remove one", "system_prompt")
-    prompt = SystemMessage(content=checked_text(row["system_prompt"], "system_prompt", "the system prompt"))
-    return [prompt, *messages], ["system_prompt", *fields]
+        raise RowError("two_spellings", "expected a system_prompt or a system message, received both; remove one",
+                       "system_prompt")
+    prompt = checked_text(row["system_prompt"], "system_prompt", "the system prompt")
+    return [SystemMessage(content=prompt), *messages], ["system_prompt", *fields]
 
 
 def parse_chat(row: dict, version: str | None) -> Conversation:
     """An instruct row as a checked `Conversation`."""
     if row.get("only_last") not in (None, True, False):
-        raise RowError("bad_flag", f"only_last must be true or false, received {described(row['only_last'])}", "only_last")
+        raise RowError("bad_flag", f"expected true or false, received {described(row['only_last'])}", "only_last")
     messages, fields = parse_messages(row)
     tools = parse_tools(row)
     check_ends(messages, fields)
-    if version in ("v1", "v2", "v3"): check_template(messages, fields, version)
+    if version in ("v1", "v2", "v3"): check_template(messages, tools, fields, version)
     check_links(messages, fields)
     check_neighbours(messages, fields)
     check_rules(messages, fields, version or "v7")
-    return Conversation(messages, tools, bool(row.get("only_last")) or tools is not None)
+    return Conversation(messages, tools, bool(row.get("only_last")) or tools is not None, tuple(fields))
 
 
 def parse_text(row: dict) -> Text:
     """A pretrain row as `Text`."""
     name, value = either(row, "text", "content")
-    text = checked_text(value, name, "the text")
-    if text: return Text(text)
-    raise RowError("empty_text", "a text must hold something to learn; remove the line", name)
+    if text := checked_text(value, name, "the text"): return Text(text)
+    raise RowError("empty_text", "expected something to learn, received an empty text; remove the line", name)
 
-
+# %% ../../nbs/10_data.sample.ipynb #2a76001b
 OTHER_FORMATS = {"conversations": "ShareGPT", "instruction": "Alpaca", "function_description": "Glaive"}
 
 
 def check_kind(row: dict, kind: str) -> None:
-    """Refuse rows of the other kind and of other formats by name."""
-    chat, plain = any(k in row for k in ("messages", "interactions")), any(k in row for k in ("text", "content"))
-    for key, other in OTHER_FORMATS.items():
-        if key in row and not (chat if kind == "instruct" else plain):
-            raise RowError("other_format", f"this looks like a {other} row; convert the file with `mistral-nb reformat`", key)
-    if kind == "instruct" and plain and not chat:
-        raise RowError("wrong_kind", "expected messages, received a pretrain row; name its file under data.data", "messages")
-    if kind == "pretrain" and chat and not plain:
-        raise RowError("wrong_kind", "expected text, received an instruct row; name its file under data.instruct_data", "text")
+    """Refuse rows of the other kind, and rows of other formats by their name."""
+    chat, text = ("messages" in row or "interactions" in row), ("text" in row or "content" in row)
+    if chat if kind == "instruct" else text: return
+    for key, name in OTHER_FORMATS.items():
+        if key not in row: continue
+        raise RowError("other_format", f"this is a {name} row; convert the file with `mistral-nb reformat`", key)
+    if kind == "instruct" and text:
+        raise RowError("wrong_kind", "expected messages, received a text; name its file under data.data", "messages")
+    if kind == "pretrain" and chat:
+        raise RowError("wrong_kind", "expected a text, received a chat; name its file under data.instruct_data", "text")
 
 
 def parse_row(
-    row: Any,                    # a value of JSON
-    kind: str,                   # "instruct" or "pretrain"
+    row: Any,  # a value of JSON
+    kind: str,  # "instruct" or "pretrain"
     version: str | None = None,  # tokenizer version whose rules hold, such as "v3"; None: those of v7
 ) -> Conversation | Text:
     """One JSON value as a checked `Conversation` or `Text`; every fault is a `RowError`."""
-    row = expect_object(row, "", "a row")
-    check_kind(row, kind)
-    return parse_text(row) if kind == "pretrain" else parse_chat(row, version)
+    try:
+        check_kind(expect_object(row, "", "a row"), kind)
+        return parse_text(row) if kind == "pretrain" else parse_chat(row, version)
+    except RecursionError: raise RowError("too_deep", "brackets are nested too deep; flatten the row") from None
+
+# %% ../../nbs/10_data.sample.ipynb #1862889e
+WARNINGS = {
+    "unknown_function":  "a call of a function that is not among the row's tools",
+    "off_schema":        "arguments that the function's schema does not allow",
+    "reused_id":         "one call id in several messages",
+    "blank_answer":      "an answer of white space: only its end is learned",
+    "nothing_trained":   "every answer has weight 0",
+}
+
+
+@dataclass(frozen=True)
+class RowWarning:
+    """Something strange in a valid row: `code` (a key of `WARNINGS`), `message`, `field`."""
+    code: str
+    message: str
+    field: str
+
+
+def plain_text(content: str | list[TextChunk] | None) -> str:
+    """Content as one string, for display."""
+    return "\n\n".join(part.text for part in content) if isinstance(content, list) else content or ""
+
+# %% ../../nbs/10_data.sample.ipynb #4e29e18c
+@lru_cache(maxsize=512)
+def schema_checker(text: str):
+    """jsonschema's validator for a schema, by its text."""
+    from jsonschema import Draft7Validator
+    return Draft7Validator(json.loads(text))
+
+
+def review_call(call: ToolCall, tools: dict[str, Function], field: str) -> list[RowWarning]:
+    """What is strange about one call."""
+    name, inside = call.function.name, f"{field}.function"
+    if not tools: return []
+    if name not in tools:
+        return [RowWarning("unknown_function", f"{name!r} is none of {', '.join(tools)[:120]}", f"{inside}.name")]
+    checker = schema_checker(json.dumps(tools[name].parameters))
+    try: error = next(checker.iter_errors(json.loads(call.function.arguments)), None)
+    except Exception as e: error = e  # a reference that leads nowhere, a pattern that is none
+    return [RowWarning("off_schema", reason(error)[:160], f"{inside}.arguments")] if error else []
+
+
+def review(chat: Conversation) -> list[RowWarning]:
+    """What is strange about a valid chat."""
+    tools, found, seen = {tool.function.name: tool.function for tool in chat.tools or []}, [], set()
+    answers = [(m, field) for m, field in zip(chat.messages, chat.fields) if m.role == "assistant"]
+    for message, field in answers:
+        if message.content and not plain_text(message.content).strip():
+            found.append(RowWarning("blank_answer", "the answer is white space; only its end would be learned", field))
+        for k, call in enumerate(message.tool_calls or []):
+            at = f"{field}.tool_calls[{k}]"
+            if call.id in seen: found.append(RowWarning("reused_id", f"{call.id!r} is the id of an earlier call", at))
+            found += review_call(call, tools, at)
+        seen |= {call.id for call in message.tool_calls or []}
+    if not any(m.weight for m, _ in answers):
+        found.append(RowWarning("nothing_trained", "every answer has weight 0; the row only costs time", "messages"))
+    return found
+
+# %% ../../nbs/10_data.sample.ipynb #20a1d2a7
+def message_row(message: Any) -> dict:
+    """A message as JSON."""
+    row = {"role": message.role}
+    if message.content is not None:
+        parts = isinstance(message.content, list)
+        row["content"] = [{"type": "text", "text": p.text} for p in message.content] if parts else message.content
+    if calls := getattr(message, "tool_calls", None): row["tool_calls"] = [call.model_dump() for call in calls]
+    if message.role == "assistant" and not message.weight: row["weight"] = 0
+    return row | {k: v for k in ("tool_call_id", "name") if (v := getattr(message, k, None)) is not None}
+
+
+def as_row(sample: Conversation | Text) -> dict:
+    """A checked row as JSON, in the one spelling of this package."""
+    if isinstance(sample, Text): return {"text": sample.text}
+    row = {"messages": [message_row(message) for message in sample.messages]}
+    if sample.tools: row["tools"] = [tool.model_dump(exclude={"function": {"strict"}}) for tool in sample.tools]
+    return row | ({"only_last": True} if sample.only_last and not sample.tools else {})

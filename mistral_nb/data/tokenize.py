@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
 from mistral_common.protocol.instruct.messages import SystemMessage
@@ -27,22 +28,24 @@ from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.request import InstructRequest
 from mistral_common.protocol.instruct.tool_calls import ToolCall
-from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from .sample import Conversation
 from .sample import RowError
 from .sample import Text
+from .sample import check_template
 from .sample import parse_message
 from .sample import parse_row
 from .sample import parse_tools
+from .sample import reason
 
 # %% auto #0
-__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'NO_IDS', 'TokenizerError', 'tokenizer_file', 'packaged_file', 'rightly_named',
-           'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id', 'TokenSample', 'normalized',
-           'Writer', 'without_id', 'common', 'masked_answer', 'sample', 'answers', 'text_sample', 'turns', 'stays',
-           'exact_samples', 'chunked_samples', 'writer_of', 'in_words', 'encode', 'encode_all', 'encode_prompt',
-           'decode', 'kept_text', 'parse_tool_calls', 'listed_calls', 'named_call', 'one_call']
+__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'NO_IDS', 'CONTROL', 'TokenizerError', 'tokenizer_file', 'packaged_file',
+           'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id', 'normalized',
+           'Writer', 'without_ids', 'common', 'difference', 'answer', 'TokenSample', 'joined', 'untrained', 'sample',
+           'check_results', 'turns', 'stays', 'exact_samples', 'chunked_samples', 'text_sample', 'as_row_error',
+           'open_row', 'encode', 'encode_all', 'prompt_messages', 'encode_prompt', 'decode', 'segments',
+           'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
 
 # %% ../../nbs/11_data.tokenize.ipynb #22e369ce
 class TokenizerError(ValueError):
@@ -79,7 +82,7 @@ def packaged_file(folder: Path) -> Path:
 def rightly_named(path: Path) -> Path:
     """`path`, or the packaged file that a bare `tokenizer.model` is a copy of, whose name tells its version."""
     if path.name != "tokenizer.model": return path
-    twins = [p for p in PACKAGE.glob("*.model.v*") if p.stat().st_size == path.stat().st_size]
+    twins = [p for p in sorted(PACKAGE.glob("*.model.v*")) if p.stat().st_size == path.stat().st_size]
     return next((p for p in twins if p.read_bytes() == path.read_bytes()), path)
 
 # %% ../../nbs/11_data.tokenize.ipynb #6b6fa100
@@ -88,10 +91,10 @@ def read_tokenizer(path: Path, stamp: tuple) -> MistralTokenizer:
     """The tokenizer of a file; the same unchanged file is read once."""
     try: tokenizer = MistralTokenizer.from_file(path)
     except Exception as e:
-        raise TokenizerError(f"{path} cannot be read as a tokenizer ({str(e)[:200]}); fetch the file again") from e
+        raise TokenizerError(f"{path} cannot be read as a tokenizer ({reason(e)}); fetch the file again") from e
     if path.name == "tokenizer.model" and vocab_size(tokenizer) != 32000:
-        raise TokenizerError(f"{path} has {vocab_size(tokenizer)} pieces, while a tokenizer.model without a version is "
-                             "version 1 with 32000; rename it to tokenizer.model.v3 (or its version)")
+        raise TokenizerError(f"{path} has {vocab_size(tokenizer)} pieces, while a tokenizer.model without a version in "
+                             "its name is version 1 with 32000; rename it to tokenizer.model.v3, or its true version")
     return tokenizer
 
 
@@ -118,20 +121,6 @@ def end_id(tokenizer: MistralTokenizer) -> int:
     """The id that ends an answer."""
     return tokenizer.instruct_tokenizer.tokenizer.eos_id
 
-# %% ../../nbs/11_data.tokenize.ipynb #ee10014e
-@dataclass(frozen=True)
-class TokenSample:
-    """Token ids and the mask of those that are trained."""
-    ids: np.ndarray   # int32 [n]
-    mask: np.ndarray  # bool [n]
-
-    @classmethod
-    def of(cls, ids: list[int], mask: list[bool]) -> TokenSample:
-        return cls(np.array(ids, np.int32), np.array(mask, bool))
-
-    @property
-    def num_trained(self) -> int: return int(self.mask.sum())
-
 # %% ../../nbs/11_data.tokenize.ipynb #54cf35f9
 def normalized(chat: Conversation, tokenizer: MistralTokenizer) -> InstructRequest:
     """`chat` as mistral-common's normalizer prepares it for inference; assistant messages keep their weight."""
@@ -149,214 +138,273 @@ class Writer:
     written: dict = field(default_factory=dict)
 
     @cached_property
-    def users(self) -> list[int]: return [i for i, m in enumerate(self.request.messages) if m.role == "user"]
+    def version(self) -> str: return version_of(self.tokenizer)
+
+    @cached_property
+    def users(self) -> list[int]:
+        """Where the user speaks."""
+        return [i for i, m in enumerate(self.request.messages) if m.role == "user"]
+
+    @cached_property
+    def has_header(self) -> bool:
+        """Whether a system prompt, tools or settings are written beside a user message."""
+        settings = any(value is not None for _, value in self.request.settings)
+        return bool(self.request.system_prompt or self.request.available_tools or settings)
 
     def last_user(self, stop: int) -> int:
-        """The index of the last user message before `stop`, or -1."""
+        """The last user message before `stop`, or -1."""
         return max((u for u in self.users if u < stop), default=-1)
 
+    def place(self, i: int, last: int) -> tuple[int, bool, bool]:
+        """What a template can see of the place of message `i`: it is the last of the user; it is history."""
+        user = self.request.messages[i].role == "user"
+        return i, user and self.has_header and i == last, not user and self.version == "v2" and i < last
+
     def block(self, i: int, last: int) -> list[int]:
-        """The ids of message `i` when message `last` is the last of the user."""
-        place = (i, i == last, i < last)
+        """The ids of message `i` when `last` is the last message of the user."""
+        place = self.place(i, last)
         if place not in self.written: self.written[place] = self.write(self.request.messages[i], *place)
         return self.written[place]
 
-    def write(self, message: Any, i: int, is_last: bool, is_before: bool) -> list[int]:
-        """The ids of `message` at position `i`."""
+    def write(self, message: Any, i: int, is_last: bool, is_history: bool) -> list[int]:
+        """The ids of `message` in place of message `i`."""
         instruct, request = self.tokenizer.instruct_tokenizer, self.request
         if message.role == "system": return instruct.encode_system_message(message)[0]
-        if message.role == "tool": return instruct.encode_tool_message(message, is_before)[0]
-        if message.role == "assistant": return instruct.encode_assistant_message(message, is_before)
+        if message.role == "tool": return instruct.encode_tool_message(message, is_history)[0]
+        if message.role == "assistant": return instruct.encode_assistant_message(message, is_history)
         return instruct.encode_user_message(message, request.available_tools, is_last, i == self.users[0],
                                             system_prompt=request.system_prompt, settings=request.settings)[0]
 
 # %% ../../nbs/11_data.tokenize.ipynb #4739b5e7
-def without_id(message: AssistantMessage, *which: int) -> AssistantMessage:
-    """`message` with the ids of its calls `which` left out."""
-    calls = [ToolCall(function=c.function) if k in which else c for k, c in enumerate(message.tool_calls)]
-    return message.model_copy(update={"tool_calls": calls})
-
-
 NO_IDS = ("v13", "v15")  # their templates write no ids
 
 
+def without_ids(message: AssistantMessage, which: Iterable[int]) -> AssistantMessage:
+    """`message` with the ids of its calls `which` left out."""
+    calls = [ToolCall(function=call.function) if k in which else call for k, call in enumerate(message.tool_calls)]
+    return message.model_copy(update={"tool_calls": calls})
+
+
 def common(a: list[int], b: list[int]) -> int:
-    """How many ids `a` and `b` have in common at their beginning."""
+    """How many ids `a` and `b` share at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def masked_answer(writer: Writer, i: int, last: int, ends: bool) -> tuple[list[int], list[bool]]:
-    """Ids and mask of the assistant message `i`; `ends` says that the sample ends with it."""
-    message, ids, place = writer.request.messages[i], writer.block(i, last), (i, i == last, i < last)
-    calls = message.tool_calls or []
-    if not calls or version_of(writer.tokenizer) in NO_IDS: return ids, [True] * len(ids)
-    if ends: ids = writer.write(without_id(message, *range(len(calls))), *place)
-    mask = [True] * len(ids)
-    for k in range(0 if ends else len(calls)):
-        other = writer.write(without_id(message, k), *place)
-        start = common(ids, other)
-        stop = len(ids) - common(ids[start:][::-1], other[start:][::-1])
-        mask[start:stop] = [False] * (stop - start)
+def difference(ids: list[int], other: list[int]) -> slice:
+    """The part of `ids` between the beginning and the end that it shares with `other`."""
+    start = common(ids, other)
+    return slice(start, len(ids) - common(ids[start:][::-1], other[start:][::-1]))
+
+
+def answer(writer: Writer, i: int, last: int, ends: bool) -> tuple[list[int], np.ndarray]:
+    """Ids and mask of assistant message `i`; `ends` says that the sample ends with it."""
+    message, ids, place = writer.request.messages[i], writer.block(i, last), writer.place(i, last)
+    calls = range(0 if writer.version in NO_IDS else len(message.tool_calls or []))
+    if calls and ends: ids, calls = writer.write(without_ids(message, calls), *place), []
+    mask = np.ones(len(ids), bool)
+    for k in calls: mask[difference(ids, writer.write(without_ids(message, [k]), *place))] = False
     return ids, mask
 
 # %% ../../nbs/11_data.tokenize.ipynb #e3306471
+@dataclass(frozen=True)
+class TokenSample:
+    """Token ids, and the mask of those that are trained."""
+    ids: np.ndarray  # int32 [n]
+    mask: np.ndarray  # bool [n]
+
+    @property
+    def num_trained(self) -> int: return int(self.mask.sum())
+
+
+def joined(blocks: list[tuple[list[int], np.ndarray]]) -> TokenSample:
+    """One sample from blocks of ids and masks."""
+    return TokenSample(np.concatenate([np.array(ids, np.int32) for ids, _ in blocks]),
+                       np.concatenate([mask for _, mask in blocks]))
+
+
+def untrained(ids: list[int]) -> tuple[list[int], np.ndarray]: return ids, np.zeros(len(ids), bool)
+
+
 def sample(writer: Writer, stop: int, trained: set[int]) -> TokenSample:
     """The chat up to message `stop`, training the assistant messages `trained`."""
-    last, ids = writer.last_user(stop), writer.tokenizer.instruct_tokenizer.start()
-    mask = [False] * len(ids)
+    last, blocks = writer.last_user(stop), [untrained(writer.tokenizer.instruct_tokenizer.start())]
+    if writer.version == "v2": check_results(writer, stop)
     for i in range(stop):
-        if i in trained or i == stop - 1: new, new_mask = masked_answer(writer, i, last, i == stop - 1)
-        else: new, new_mask = writer.block(i, last), []
-        ids += new
-        mask += new_mask if i in trained else [False] * len(new)
-    return TokenSample.of(ids, mask)
+        ends = i == stop - 1
+        if i in trained: blocks.append(answer(writer, i, last, ends))
+        else: blocks.append(untrained(answer(writer, i, last, ends)[0] if ends else writer.block(i, last)))
+    return joined(blocks)
 
 
-def answers(request: InstructRequest) -> list[int]:
-    """The assistant messages that may be trained."""
-    return [i for i, m in enumerate(request.messages) if m.role == "assistant" and m.weight]
+def check_results(writer: Writer, stop: int) -> None:
+    """Refuse what v2 cannot write, two results in one turn, which mistral-common checks for whole requests only."""
+    messages = writer.request.messages[:stop]
+    if not any(m.role == "tool" for m in messages): return
+    writer.tokenizer.instruct_tokenizer.encode_instruct(writer.request.model_copy(update={"messages": messages}))
+
+# %% ../../nbs/11_data.tokenize.ipynb #d4552b38
+def turns(writer: Writer) -> list[tuple[int, int]]:
+    """The turns of a chat: where each begins (-1 when no user opens it) and where the next begins."""
+    edges = [*writer.users, len(writer.request.messages)]
+    opening = [(-1, edges[0])] if edges[0] > 0 else []
+    return opening + list(zip(edges, edges[1:]))
+
+
+def stays(writer: Writer, start: int, stop: int) -> bool:
+    """Whether the turn from message `start` to `stop` is written the same once it is history."""
+    return all(writer.block(i, start) == writer.block(i, stop) for i in range(max(start, 0), stop))
+
+
+def exact_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]:
+    """As few samples as give each answer of `trained` the context that it has at inference."""
+    waiting = set()
+    for start, stop in turns(writer):
+        own = {i for i in trained if start < i < stop}
+        if not own: continue
+        waiting |= own
+        if any(i >= stop for i in trained) and stays(writer, start, stop): continue
+        yield sample(writer, max(own) + 1, waiting)
+        waiting = set()
+
+# %% ../../nbs/11_data.tokenize.ipynb #787d3e37
+def chunked_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]:
+    """The reference's samples of a row that trains its last answer: the row, and its beginnings up to each answer."""
+    for i, message in reversed(list(enumerate(writer.request.messages))):
+        if message.role == "assistant": yield sample(writer, i + 1, {i} & set(trained))
 
 
 def text_sample(text: Text, tokenizer: MistralTokenizer) -> TokenSample:
     """A text from begin to end, every token trained."""
     ids = tokenizer.instruct_tokenizer.tokenizer.encode(text.text, bos=True, eos=True)
-    return TokenSample.of(ids, [True] * len(ids))
+    return TokenSample(np.array(ids, np.int32), np.ones(len(ids), bool))
 
-# %% ../../nbs/11_data.tokenize.ipynb #84fe9cb7
-def turns(writer: Writer) -> list[tuple[int, int]]:
-    """The turns of a chat: the user message that opens each (-1 when none does) and the message at which the next begins."""
-    edges = [*writer.users, len(writer.request.messages)]
-    opening = [] if writer.users and writer.users[0] == 0 else [(-1, edges[0])]
-    return opening + list(zip(edges, edges[1:]))
-
-
-def stays(writer: Writer, start: int, stop: int) -> bool:
-    """Whether the turn from message `start` is written the same once it is history."""
-    return all(writer.block(i, start) == writer.block(i, stop) for i in range(max(start, 0), stop))
-
-
-def exact_samples(writer: Writer, trained: list[int]) -> list[TokenSample]:
-    """As few samples as give every answer of `trained` the context that it has at inference."""
-    samples, waiting = [], set()
-    for start, stop in turns(writer):
-        waiting |= {i for i in trained if start < i < stop}
-        if not waiting: continue
-        later = any(i >= stop for i in trained)
-        if later and stays(writer, start, stop): continue
-        samples.append(sample(writer, max(waiting) + 1, waiting))
-        waiting = set()
-    return samples
-
-
-def chunked_samples(writer: Writer, trained: list[int]) -> list[TokenSample]:
-    """The reference's samples of a row that trains its last answer: the row, and one that ends at each earlier answer."""
-    stops = [i + 1 for i, m in enumerate(writer.request.messages) if m.role == "assistant"]
-    return [sample(writer, stop, {stop - 1} & set(trained)) for stop in reversed(stops)]
-
-# %% ../../nbs/11_data.tokenize.ipynb #d4552b38
-def writer_of(row: Any, tokenizer: MistralTokenizer) -> tuple[Writer, bool]:
-    """The writer of an instruct row, and whether only its last answer is trained."""
-    chat = parse_row(row, "instruct", version_of(tokenizer))
-    return Writer(tokenizer, normalized(chat, tokenizer)), chat.only_last
-
-
+# %% ../../nbs/11_data.tokenize.ipynb #7fa9e6d3
 @contextmanager
-def in_words():
-    """Whatever mistral-common raises while writing a row becomes a `RowError`."""
+def as_row_error() -> Iterator[None]:
+    """Whatever fails inside becomes a `RowError`."""
     try: yield
     except RowError: raise
     except Exception as e:
-        reason = str(getattr(e, "message", e)) or type(e).__name__
-        raise RowError("tokenizer_refuses", f"mistral-common could not tokenise this row: {reason[:300]}") from e
+        raise RowError("tokenizer_refuses", f"mistral-common cannot write this row: {reason(e)}") from e
+
+
+def open_row(row: Any, tokenizer: MistralTokenizer) -> tuple[Writer, list[int], bool]:
+    """The writer of an instruct row, its answers with weight 1, and whether only the last is trained."""
+    chat = parse_row(row, "instruct", version_of(tokenizer))
+    writer = Writer(tokenizer, normalized(chat, tokenizer))
+    answers = [i for i, m in enumerate(writer.request.messages) if m.role == "assistant" and m.weight]
+    return writer, answers, chat.only_last
 
 
 def encode(
-    row: Any,                     # a dataset row, a value of JSON
+    row: Any,  # a value of JSON
     tokenizer: MistralTokenizer,
-    kind: str = "instruct",       # or "pretrain"
+    kind: str = "instruct",  # or "pretrain"
 ) -> TokenSample:
-    """One row as one sample, the whole conversation in one piece."""
-    with in_words():
+    """One row as one sample, the whole of it in one piece."""
+    with as_row_error():
         if kind == "pretrain": return text_sample(parse_row(row, kind), tokenizer)
-        writer, only_last = writer_of(row, tokenizer)
+        writer, answers, only_last = open_row(row, tokenizer)
         stop = len(writer.request.messages)
-        return sample(writer, stop, set(answers(writer.request)) & ({stop - 1} if only_last else set(range(stop))))
+        return sample(writer, stop, set(answers) & {stop - 1} if only_last else set(answers))
 
 
 def encode_all(
-    row: Any,                           # a dataset row, a value of JSON
+    row: Any,  # a value of JSON
     tokenizer: MistralTokenizer,
-    kind: str = "instruct",             # or "pretrain"
-    exact_context: bool = True,         # give every answer its inference context; False: the reference's samples
-    dynamic_chunk_fn_call: bool = True, # rows that train only their last answer: train the earlier ones too
+    kind: str = "instruct",  # or "pretrain"
+    exact_context: bool = True,  # every answer in its inference context; False: the reference's samples
+    dynamic_chunk_fn_call: bool = True,  # where only the last answer is trained, make samples of the earlier ones too
 ) -> list[TokenSample]:
-    """All samples that a row makes for training; none when nothing in it is trained."""
+    """All the samples that a row gives to training; with exact context none when it trains nothing."""
     if kind == "pretrain": return [encode(row, tokenizer, kind)]
-    with in_words():
-        writer, only_last = writer_of(row, tokenizer)
-        trained, end = answers(writer.request), len(writer.request.messages)
-        if only_last and not dynamic_chunk_fn_call: trained = [i for i in trained if i == end - 1]
-        if exact_context: return exact_samples(writer, trained)
-        if only_last and dynamic_chunk_fn_call: return chunked_samples(writer, trained)
-        return [sample(writer, end, set(trained))]
+    with as_row_error():
+        writer, answers, only_last = open_row(row, tokenizer)
+        stop = len(writer.request.messages)
+        if only_last and not dynamic_chunk_fn_call: answers = [i for i in answers if i == stop - 1]
+        if exact_context: return list(exact_samples(writer, answers))
+        if only_last and dynamic_chunk_fn_call: return list(chunked_samples(writer, answers))
+        return [sample(writer, stop, set(answers))]
+
+# %% ../../nbs/11_data.tokenize.ipynb #7ef9a2a7
+def prompt_messages(messages: list[dict], tools: list | None, version: str) -> list:
+    """Checked messages of a chat that awaits an answer; weights, which mean nothing here, are left behind."""
+    fields = [f"messages[{i}]" for i in range(len(messages))]
+    parsed = [parse_message(message, at) for message, at in zip(messages, fields)]
+    if version in ("v1", "v2", "v3"): check_template(parsed, tools, fields, version)
+    return [AssistantMessage(content=m.content, tool_calls=m.tool_calls) if m.role == "assistant" else m
+            for m in parsed]
 
 
 def encode_prompt(
-    messages: list[dict],             # a chat whose last message is the user's or a tool's
+    messages: list[dict],  # a chat whose last message is the user's or a tool's
     tokenizer: MistralTokenizer,
     tools: list[dict] | None = None,  # what the assistant may call
-) -> list[int]:
-    """The ids that a model is given to answer a chat, made by mistral-common's inference path."""
-    with in_words():
-        parsed = [parse_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
-        plain = [AssistantMessage(content=m.content, tool_calls=m.tool_calls) if m.role == "assistant" else m for m in parsed]
-        request = ChatCompletionRequest(messages=plain, tools=parse_tools({"tools": tools}))
-        return tokenizer.encode_chat_completion(request).tokens
+) -> list[int]:  # ids [n]
+    """The ids that a model is given to answer a chat."""
+    with as_row_error():
+        checked = parse_tools({"tools": tools})
+        parsed = prompt_messages(messages, checked, version_of(tokenizer))
+        return tokenizer.encode_chat_completion(ChatCompletionRequest(messages=parsed, tools=checked)).tokens
 
-
-def decode(ids: Any, tokenizer: MistralTokenizer) -> str:
-    """The text of ids, control tokens left out."""
+# %% ../../nbs/11_data.tokenize.ipynb #340f9ad3
+def decode(
+    ids: Iterable[int],  # int [n], also an array or a tensor
+    tokenizer: MistralTokenizer,
+    control: bool = False,  # write out control tokens too
+) -> str:
+    """The text of ids."""
+    if control: return "".join(text for _, text in segments(ids, tokenizer))
     return tokenizer.decode([int(i) for i in ids])
 
-# %% ../../nbs/11_data.tokenize.ipynb #787d3e37
-def kept_text(ids: Any, tokenizer: MistralTokenizer) -> str:
-    """The text of ids with control tokens written out."""
-    base, out, run = tokenizer.instruct_tokenizer.tokenizer, [], []
-    for i in [*(int(i) for i in ids), None]:
-        if i is not None and not base.is_special(i): run.append(i); continue
-        if run: out.append(base.decode(run)); run = []
-        if i is not None: out.append(base.id_to_piece(i))
-    return "".join(out)
+
+def segments(ids: Iterable[int], tokenizer: MistralTokenizer) -> Iterator[tuple[bool, str]]:
+    """The text between control tokens, and these by name: (whether it is one, text)."""
+    base, run = tokenizer.instruct_tokenizer.tokenizer, []
+    for i in map(int, ids):
+        if not base.is_special(i): run.append(i); continue
+        if run: yield False, base.decode(run)
+        run = []
+        yield True, base.id_to_piece(i)
+    if run: yield False, base.decode(run)
 
 
+CONTROL = re.compile(r"(\[TOOL_CALLS\]|\[CALL_ID\]|\[ARGS\]|</s>)")
+
+
+def text_segments(text: str) -> Iterator[tuple[bool, str]]:
+    """As `segments`, of a text with control tokens written out; a bare JSON list counts as a call."""
+    if "[TOOL_CALLS]" not in text and text.lstrip().startswith("[{"): text = "[TOOL_CALLS]" + text
+    for part in CONTROL.split(text):
+        if part: yield CONTROL.fullmatch(part) is not None, part
+
+# %% ../../nbs/11_data.tokenize.ipynb #5f4cca60
 def parse_tool_calls(
-    answer: Any,                  # generated ids, or their text with control tokens written out
+    answer: Iterable[int] | str,  # generated ids, or their text
     tokenizer: MistralTokenizer,
-) -> list[dict]:
-    """The calls in an answer as `{"name", "arguments"}`; what cannot be read as a call is left out."""
-    text = answer if isinstance(answer, str) else kept_text(answer, tokenizer)
-    text = text.split("</s>")[0]
-    if TokenizerVersion(version_of(tokenizer)) < "v11": found = listed_calls(text)
-    else: found = [named_call(part) for part in text.split("[TOOL_CALLS]")[1:]]
-    return [call for call in found if call]
+) -> list[dict]:  # [{"name": str, "arguments": dict}]
+    """The tool calls in an answer; what cannot be read as one is left out."""
+    calls, key = [], ""
+    for is_control, text in text_segments(answer) if isinstance(answer, str) else segments(answer, tokenizer):
+        if text == "</s>" and is_control: break
+        if is_control: key = text
+        if key == "[TOOL_CALLS]" and is_control: calls.append({})
+        elif calls and not is_control: calls[-1][key] = calls[-1].get(key, "") + text
+    return [call for parts in calls for call in read_call(parts)]
 
 
-def listed_calls(text: str) -> list[dict | None]:
-    """Calls written as one JSON list: v2, v3, v7."""
-    text = text.split("[TOOL_CALLS]")[-1].strip()
-    try: value, _ = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError): return []
-    return [one_call(c.get("name"), c.get("arguments")) for c in (value if isinstance(value, list) else []) if isinstance(c, dict)]
+def read_call(parts: dict[str, str]) -> Iterator[dict]:
+    """The calls in what stands behind one `[TOOL_CALLS]`, by the control token before each part."""
+    head = parts.get("[TOOL_CALLS]", "").strip()
+    named = [{"name": head, "arguments": parts["[ARGS]"]}] if "[ARGS]" in parts else first_json(head)
+    for call in named if isinstance(named, list) else []:
+        if not isinstance(call, dict): continue
+        name, arguments = call.get("name"), call.get("arguments", {})
+        if isinstance(arguments, str): arguments = first_json(arguments)
+        if isinstance(name, str) and isinstance(arguments, dict): yield {"name": name, "arguments": arguments}
 
 
-def named_call(text: str) -> dict | None:
-    """One call written as `name[CALL_ID]id[ARGS]{}` (v11) or `name[ARGS]{}` (v13 on)."""
-    head, found, arguments = text.partition("[ARGS]")
-    return one_call(head.split("[CALL_ID]")[0].strip(), arguments.strip()) if found else None
-
-
-def one_call(name: Any, arguments: Any) -> dict | None:
-    """A call with its arguments read, or None."""
-    try: arguments = json.JSONDecoder().raw_decode(arguments)[0] if isinstance(arguments, str) else arguments
+def first_json(text: str) -> Any:
+    """The JSON value at the beginning of `text`, or None."""
+    try: return json.JSONDecoder().raw_decode(text.strip())[0]
     except (ValueError, RecursionError): return None
-    return {"name": name, "arguments": arguments} if isinstance(name, str) and isinstance(arguments, dict) else None
