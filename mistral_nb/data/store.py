@@ -43,7 +43,7 @@ from .tokenize import encode_all
 __all__ = ['HOME', 'FORMAT', 'SCHEMA', 'record_batch', 'flat', 'TokenStore', 'count_trained', 'checksum', 'StoreWriter',
            'DamagedStore', 'read_batches', 'Encoder', 'serve', 'Worker', 'chunks_of', 'encode_chunk', 'encode_rows',
            'digest', 'tokenizer_identity', 'code_identity', 'store_key', 'cache_folder', 'try_lock', 'locked',
-           'DataError', 'Job', 'default_workers', 'build_store', 'write_store']
+           'DataError', 'Job', 'default_workers', 'CacheError', 'build_store', 'write_store']
 
 # %% ../../nbs/13_data.store.ipynb #59a4bd57
 HOME = Path(mistral_nb.__file__).resolve().parent
@@ -423,6 +423,10 @@ def default_workers(size: int) -> int:
     return 1 if size < 8 << 20 else min(cores, 16)
 
 # %% ../../nbs/13_data.store.ipynb #f357f89c
+class CacheError(ValueError):
+    "A store that cannot be written."
+
+
 def build_store(
     source: Source,
     tokenizer: Any,  # MistralTokenizer of the model folder
@@ -436,9 +440,13 @@ def build_store(
     encoder = Encoder(tokenizer, source.kind, exact_context, dynamic_chunk_fn_call)
     job = Job(source, encoder, Path(cache_dir) if cache_dir else None, workers, progress)
     if store := job.load(): return store
-    with locked(job.path.with_suffix(".lock"), job.name):
-        if store := job.load(): return store
-        write_store(job)
+    try:
+        with locked(job.path.with_suffix(".lock"), job.name):
+            if store := job.load(): return store
+            write_store(job)
+    except OSError as e:
+        raise CacheError(f"cannot keep the tokens of {job.name} in {job.path.parent}: {e}\n"
+                         "Set MISTRAL_NB_CACHE to a folder that can be written and has room.") from e
     return TokenStore(read_batches(job.path), job.files, source.kind, job.name)
 
 
