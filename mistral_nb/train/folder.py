@@ -112,9 +112,10 @@ def without_secrets(cfg: TrainConfig) -> TrainConfig:
 
 # %% ../../nbs/44_train.folder.ipynb #21afebd3
 def write_status(folder: RunFolder, state: str, **more: Any) -> None:
-    "Replace the status: `state`, and whatever else is known."
+    "Replace the state, and whatever else is known; what was known before stays."
+    known = {k: v for k, v in read_status(folder).items() if k != "reason"}
     stamp = {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "at": now()}
-    write_whole(folder.status_file, json.dumps(stamp | more, indent=1) + "\n")
+    write_whole(folder.status_file, json.dumps(known | stamp | more, indent=1) + "\n")
 
 def read_status(folder: RunFolder) -> dict[str, Any]:
     "What is known of the run: its `state` is new, running, finished, interrupted, failed or died."

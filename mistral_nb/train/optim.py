@@ -87,9 +87,10 @@ class Updater:
     def step(self, norm: float) -> bool: # whether the weights moved
         "Update the weights if `norm` is finite; forget the gradients either way."
         finite = math.isfinite(norm)
-        if finite or self.scaled:
+        if finite:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        elif self.scaled: self.scaler.update(self.scaler.get_scale() / 2)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.optimizer.zero_grad(set_to_none=True)
