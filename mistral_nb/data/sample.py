@@ -75,6 +75,7 @@ class RowError(ValueError):
 
     def __init__(self, code: str, message: str, field: str = ""):
         assert code in CODES, code
+        message = message.encode("utf-8", "backslashreplace").decode()  # a row's half character must not stop a report
         super().__init__(f"{field}: {message}" if field else message)
         self.code, self.message, self.field = code, message, field
 
