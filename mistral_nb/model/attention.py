@@ -5,14 +5,221 @@
 # %% ../../nbs/22_model.attention.ipynb #e79a32ed
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from functools import cache
+from functools import lru_cache
+from typing import Any
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .args import ModelArgs
 
 # %% auto #0
-__all__ = ['packed_attention', 'segment_attention', 'visible', 'backends', 'cached_attention']
+__all__ = ['BLOCK_ROWS', 'BLOCK_ENTRIES', 'ROADS', 'Block', 'plan_blocks', 'hide_corners', 'wide', 'fold', 'unfold',
+           'block_weights', 'BlockAttention', 'folded_inputs', 'blocks_attention', 'segments_attention', 'one_segment',
+           'offsets', 'varlen_attention', 'difference', 'varlen_verdict', 'backends', 'why', 'packed_attention',
+           'check_lengths', 'cached_attention', 'KVCache']
 
-# %% ../../nbs/22_model.attention.ipynb #e5de6dbb
+# %% ../../nbs/22_model.attention.ipynb #a410a5fc
+class Block(NamedTuple):
+    """Some neighbouring queries of one segment, and all the keys that any of them sees."""
+    queries: slice      # rows of q
+    keys: slice         # rows of k and v
+    first: int          # which of these keys stands where the first query stands
+    window: int | None  # keys a query sees, its own included
+
+
+def plan_blocks(
+    seqlens: list[int],  # queries of each segment
+    keylens: list[int],  # keys of each segment; the queries are its last tokens
+    window: int | None,
+    rows: int,           # queries in a block, at most
+) -> Iterator[Block]:
+    """Cut every segment into blocks."""
+    q_end = k_end = 0
+    for n, m in zip(seqlens, keylens):
+        q_end, k_end = q_end + n, k_end + m
+        for start in range(-n, 0, rows):  # counted from the segment's end, where queries and keys are aligned
+            stop = min(start + rows, 0)
+            low = max(-m, start + 1 - window) if window else -m
+            yield Block(slice(q_end + start, q_end + stop), slice(k_end + low, k_end + stop), start - low, window)
+
+# %% ../../nbs/22_model.attention.ipynb #de3aa928
+def hide_corners(
+    scores: Tensor,  # [kv_heads, rows, group, keys], changed in place
+    block: Block,
+) -> None:
+    """Put minus infinity where a query must not look."""
+    rows, keys = scores.shape[1], scores.shape[-1]
+    square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device)
+    scores[..., -rows:].masked_fill_(square.triu(1)[:, None], -math.inf)
+    if block.window is None or block.first + rows <= block.window: return
+    left_behind = square[:, :keys].tril(block.first - block.window)
+    scores[..., :rows].masked_fill_(left_behind[:, None], -math.inf)
+
+# %% ../../nbs/22_model.attention.ipynb #3587062a
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fold(
+    x: Tensor,      # [T, heads, head_dim]
+    kv_heads: int,
+) -> Tensor:  # [kv_heads, T · group, head_dim]
+    """Stack the heads of each group as rows, token by token."""
+    return x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def unfold(
+    x: Tensor,    # [kv_heads, T · group, head_dim]
+    length: int,  # T
+) -> Tensor:  # [T, heads, head_dim]
+    """The inverse of `fold`."""
+    return x.unflatten(1, (length, -1)).transpose(0, 1).flatten(1, 2)
+
+# %% ../../nbs/22_model.attention.ipynb #acca399c
+def block_weights(
+    q: Tensor,     # folded queries of one block [kv_heads, rows · group, head_dim]
+    k: Tensor,     # its keys, times 1/√head_dim, float32 [kv_heads, keys, head_dim]
+    block: Block,
+) -> Tensor:  # in the dtype of q [kv_heads, rows · group, keys]
+    """How much each query takes of each value; rows sum to 1."""
+    scores = torch.bmm(wide(q), k.transpose(1, 2))
+    hide_corners(scores.unflatten(1, (block.queries.stop - block.queries.start, -1)), block)
+    return scores.softmax(-1).to(q.dtype)
+
+# %% ../../nbs/22_model.attention.ipynb #bb128791
+class BlockAttention(torch.autograd.Function):
+    """Attention in blocks of rows; keeps q, k and v only."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.blocks = blocks
+        group, folded, scaled, v = q.shape[1] // k.shape[1], *folded_inputs(q, k, v)
+        out = torch.empty_like(folded)
+        for block in blocks:
+            rows = slice(block.queries.start * group, block.queries.stop * group)
+            weights = block_weights(folded[:, rows], scaled[:, block.keys], block)
+            out[:, rows] = torch.bmm(weights, v[:, block.keys])
+        return unfold(out, len(q))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.saved_tensors
+        length, group, scale = len(q), q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+        grad, (q, scaled, v), k = fold(grad, k.shape[1]), folded_inputs(q, k, v), k.transpose(0, 1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(scaled), torch.zeros_like(scaled)
+        for block in ctx.blocks:
+            rows, keys = slice(block.queries.start * group, block.queries.stop * group), block.keys
+            weights = block_weights(q[:, rows], scaled[:, keys], block)
+            dv[:, keys] += torch.bmm(weights.transpose(1, 2), grad[:, rows])
+            dweights = torch.bmm(grad[:, rows], v[:, keys].transpose(1, 2))
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dq[:, rows] = torch.bmm(dscores, k[:, keys])
+            dk[:, keys] += torch.bmm(dscores.transpose(1, 2), q[:, rows])
+        dk, dv = (x.transpose(0, 1).to(q.dtype) for x in (dk.mul_(scale), dv))
+        return unfold(dq.mul_(scale), length), dk, dv, None
+
+
+def folded_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries folded, keys times 1/√head_dim in float32, values: all with the kv head first."""
+    return fold(q, k.shape[1]), wide(k.transpose(0, 1)) * q.shape[-1] ** -0.5, v.transpose(0, 1)
+
+# %% ../../nbs/22_model.attention.ipynb #53ef8738
+BLOCK_ROWS, BLOCK_ENTRIES = 64, 2 ** 24
+
+
+def blocks_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None,
+) -> Tensor:  # [T, heads, head_dim]
+    """`packed_attention` in blocks of rows, on any device."""
+    widest = min(max(keylens), (window or max(keylens)) + BLOCK_ROWS)
+    rows = max(1, min(BLOCK_ROWS, BLOCK_ENTRIES // (widest * q.shape[1])))
+    return BlockAttention.apply(q, k, v, list(plan_blocks(seqlens, keylens, window, rows)))
+
+# %% ../../nbs/22_model.attention.ipynb #7658c091
+def segments_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None,
+) -> Tensor:  # [T, heads, head_dim]
+    """`packed_attention` with one call of torch's fused kernel a segment."""
+    parts = zip(q.split(seqlens), k.split(keylens), v.split(keylens))
+    return torch.cat([one_segment(*part, window) for part in parts])
+
+
+def one_segment(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Attention of the last len(q) tokens of a segment of len(k)."""
+    n, m = len(q), len(k)
+    if n < m or m > (window or m): return blocks_attention(q, k, v, [n], [m], window)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+# %% ../../nbs/22_model.attention.ipynb #5ec58299
+@lru_cache(maxsize=16)
+def offsets(lens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each segment starts, and the end of the last: int32 [segments + 1]."""
+    return F.pad(torch.tensor(lens).cumsum(0), (1, 0)).to(device, torch.int32)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None,
+) -> Tensor:  # [T, heads, head_dim]
+    """`packed_attention` in one call of torch's kernel for packed batches; for float16 and bfloat16."""
+    from torch.nn.attention.varlen import varlen_attn
+    if seqlens != keylens or q.dtype not in (torch.float16, torch.bfloat16):
+        return segments_attention(q, k, v, seqlens, keylens, window)
+    ends, longest, back = offsets(tuple(seqlens), q.device), max(seqlens), -1 if window is None else window - 1
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(back, 0), **grouped)
+
+
+def difference(device: torch.device, dtype: torch.dtype, window: int | None) -> float:
+    """How far `varlen` is from `segments`: output and gradients of a small batch, relative."""
+    draw = torch.Generator().manual_seed(0)
+    shapes, seqlens = [(100, 4, 64), (100, 2, 64), (100, 2, 64), (100, 4, 64)], [33, 1, 66]
+    *qkv, grad = (torch.randn(s, generator=draw).to(device, dtype).requires_grad_() for s in shapes)
+    outs = [f(*qkv, seqlens, seqlens, window) for f in (varlen_attention, segments_attention)]
+    a, b = ([o, *torch.autograd.grad(o, qkv, grad.detach())] for o in outs)
+    return max(((x - y).norm() / y.norm()).item() for x, y in zip(a, b))
+
+
+@cache
+def varlen_verdict(device: torch.device) -> str:
+    """Why `varlen` is used on `device` ("agrees …"), or why it is not."""
+    if device.type != "cuda": return f"needs an NVIDIA card, this is {device.type}"
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    try: worst = max(difference(device, dtype, window) for window in (None, 20))
+    except Exception as e: return f"does not run here: {type(e).__name__}: {str(e)[:200]}"
+    return f"{'agrees' if worst < 0.02 else 'disagrees'} with segments to {worst:.0e}"
+
+# %% ../../nbs/22_model.attention.ipynb #17ec68a5
+ROADS = {"varlen": varlen_attention, "segments": segments_attention, "blocks": blocks_attention}
+
+
+def backends(
+    device: torch.device | str,
+) -> list[str]:
+    """Ways to compute `packed_attention` on `device`, best first."""
+    device = torch.device(device)
+    if device.type == "cpu": return ["blocks", "segments"]
+    return [*["varlen"] * varlen_verdict(device).startswith("agrees"), "segments", "blocks"]
+
+
+def why(
+    device: torch.device | str,
+) -> str:
+    """One line: the backend in use on `device`, and what became of `varlen`."""
+    return f"attention: {backends(device)[0]} (varlen {varlen_verdict(torch.device(device))})"
+
+# %% ../../nbs/22_model.attention.ipynb #b032b0e8
 def packed_attention(
     q: Tensor,                         # queries [T, heads, head_dim]
     k: Tensor,                         # keys [S, kv_heads, head_dim]
@@ -20,39 +227,20 @@ def packed_attention(
     seqlens: list[int],                # queries of each segment; sums to T
     window: int | None = None,         # keys a query sees, its own included; None = all before it
     backend: str | None = None,        # one of `backends(device)`; None = the first
-    keylens: list[int] | None = None,  # keys of each segment, when they are more than its queries; sums to S
+    keylens: list[int] | None = None,  # keys of each segment, if it has earlier ones than its queries; sums to S
 ) -> Tensor:  # [T, heads, head_dim]
     """Causal attention of each segment with itself alone."""
     keylens = keylens or seqlens
-    parts = zip(q.split(seqlens), k.split(keylens), v.split(keylens))
-    return torch.cat([segment_attention(*part, window) for part in parts])
+    check_lengths(q, k, seqlens, keylens)
+    return ROADS[backend or backends(q.device)[0]](q, k, v, seqlens, keylens, window)
 
 
-def segment_attention(
-    q: Tensor,  # [n, heads, head_dim], the last n of the m tokens
-    k: Tensor,  # [m, kv_heads, head_dim]
-    v: Tensor,  # [m, kv_heads, head_dim]
-    window: int | None = None,
-) -> Tensor:  # [n, heads, head_dim]
-    """Causal attention of one segment."""
-    n, m = len(q), len(k)
-    gqa = q.shape[1] != k.shape[1]
-    plain = n == m and (window is None or m <= window)
-    mask = None if plain else visible(n, m, window, q.device)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, enable_gqa=gqa)
-    return out[0].transpose(0, 1)
-
-
-def visible(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [n, m]: whether the i-th of the last `n` of `m` tokens sees the j-th."""
-    back = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
-    return (back >= 0) & (back < (window or m + 1))
-
-
-def backends(device: torch.device | str) -> list[str]:
-    """Ways to compute `packed_attention` on `device`, best first."""
-    return ["segments"]
+def check_lengths(q: Tensor, k: Tensor, seqlens: list[int], keylens: list[int]) -> None:
+    """Raise `ValueError` if the segments do not add up to the batch."""
+    if sum(seqlens) != len(q) or sum(keylens) != len(k) or min(seqlens) < 1 or len(seqlens) != len(keylens):
+        raise ValueError(f"segments of {seqlens} queries and {keylens} keys need {sum(seqlens)} queries, "
+                         f"{sum(keylens)} keys and no empty segment; received q {list(q.shape)}, k {list(k.shape)}. "
+                         "Pass the lengths of the segments in the order in which they are packed.")
 
 # %% ../../nbs/22_model.attention.ipynb #fe6d413d
 def cached_attention(
@@ -67,3 +255,46 @@ def cached_attention(
     mask = (back >= 0) & (back < (window or k.shape[1]))
     q, k, v, gqa = q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), q.shape[1] != k.shape[2]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], enable_gqa=gqa)[:, :, 0]
+
+# %% ../../nbs/22_model.attention.ipynb #ce2cfd51
+class KVCache:
+    """Keys and values of the tokens seen so far, for `num_seqs` sequences."""
+
+    def __init__(self, args: ModelArgs, num_seqs: int = 1):
+        self.lengths = [0] * num_seqs                             # tokens of each sequence
+        self.rooms: list[Tensor | None] = [None] * args.n_layers  # keys, values [2, num_seqs, L, kv_heads, head_dim]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], window: int | None) -> Tensor:
+        """Keep the new keys and values of `layer`, and let the new queries see them and all before."""
+        ends = [n + new for n, new in zip(self.lengths, seqlens)]
+        rooms = self.grown(layer, k, max(ends))[:, :, :max(ends)]
+        for new, room in zip((k.detach(), v.detach()), rooms): self.put(new, room, seqlens)
+        if not any(self.lengths): return packed_attention(q, k, v, seqlens, window)
+        if set(seqlens) == {1}: return cached_attention(q, *rooms, torch.tensor(ends, device=q.device), window)
+        k, v = (torch.cat([room[i, :end] for i, end in enumerate(ends)]) for room in rooms)
+        return packed_attention(q, k, v, seqlens, window, keylens=ends)
+
+    def put(self, new: Tensor, room: Tensor, seqlens: list[int]) -> None:
+        """Copy `new` [T, kv_heads, head_dim] behind what `room` [num_seqs, L, kv_heads, head_dim] holds."""
+        if set(seqlens) == {1}:
+            room[torch.arange(len(new)), torch.tensor(self.lengths)] = new
+            return
+        for i, part in enumerate(new.split(seqlens)): room[i, self.lengths[i]:self.lengths[i] + len(part)] = part
+
+    def grown(self, layer: int, like: Tensor, end: int) -> Tensor:
+        """The rooms of `layer`, doubled until they hold `end` tokens a sequence."""
+        old = self.rooms[layer]
+        if old is not None and old.shape[2] >= end: return old
+        rooms = like.new_zeros(2, len(self.lengths), max(64, 2 * end), *like.shape[1:])
+        if old is not None: rooms[:, :, :old.shape[2]] = old
+        self.rooms[layer] = rooms
+        return rooms
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all sequences but `rows`."""
+        self.lengths = [self.lengths[i] for i in rows]
+        self.rooms = [None if rooms is None else rooms[:, rows] for rooms in self.rooms]
+
+    def advance(self, seqlens: list[int]) -> None:
+        """Count the tokens just appended to every layer."""
+        self.lengths = [n + new for n, new in zip(self.lengths, seqlens)]

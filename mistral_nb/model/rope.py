@@ -16,80 +16,82 @@ from .args import QueryScaling
 from .args import YarnArgs
 
 # %% auto #0
-__all__ = ['rope_frequencies', 'stretch', 'rope_table', 'Rotate', 'rotate', 'apply_rope', 'query_growth']
+__all__ = ['rope_speeds', 'stretch', 'rope_table', 'turn', 'Turn', 'apply_rope', 'query_table']
 
-# %% ../../nbs/21_model.rope.ipynb #33866cfe
-def rope_frequencies(
+# %% ../../nbs/21_model.rope.ipynb #5b9d6795
+def rope_speeds(
     args: ModelArgs,
     device: torch.device | str | None = None,
 ) -> Tensor:  # float32 [head_dim / 2]
     """How far each pair turns from one token to the next, in radians."""
     exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=device) / args.head_dim
-    fast = 1.0 / args.rope_theta ** exponent
-    return fast if args.yarn is None else stretch(fast, args.yarn, args.rope_theta)
-
-# %% ../../nbs/21_model.rope.ipynb #5b9d6795
-def stretch(
-    fast: Tensor,    # frequencies of pretraining, float32 [pairs]
-    yarn: YarnArgs,
-    theta: float,
-) -> Tensor:  # float32 [pairs]
-    """YaRN: fast pairs stay, slow ones are slowed by `yarn.factor`, those between are blended."""
-    def pair_that_turns(times: float) -> float:
-        context = yarn.original_max_position_embeddings
-        return len(fast) * math.log(context / (times * 2 * math.pi)) / math.log(theta)
-    low, high = math.floor(pair_that_turns(yarn.beta)), math.ceil(pair_that_turns(yarn.alpha))
-    low, high = max(low, 0), min(high, 2 * len(fast) - 1)
-    pair = torch.arange(len(fast), dtype=torch.float32, device=fast.device)
-    slow = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return fast / yarn.factor * slow + fast * (1 - slow)
+    speeds = 1.0 / args.rope_theta ** exponent
+    return speeds if args.yarn is None else stretch(speeds, args.yarn, args.rope_theta)
 
 # %% ../../nbs/21_model.rope.ipynb #1acb846c
+def stretch(
+    speeds: Tensor,  # speeds of pretraining, float32 [pairs]
+    yarn: YarnArgs,
+    theta: float,    # the base they come from
+) -> Tensor:  # float32 [pairs]
+    """Slow the pairs that turn seldom by `yarn.factor`, keep those that turn often, blend those between."""
+    pairs = len(speeds)
+    def pair_turning(times: float) -> float:
+        return pairs * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / math.log(theta)
+    low = max(math.floor(pair_turning(yarn.beta)), 0)
+    high = min(math.ceil(pair_turning(yarn.alpha)), 2 * pairs - 1)
+    index = torch.arange(pairs, dtype=torch.float32, device=speeds.device)
+    slow = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return speeds / yarn.factor * slow + speeds * (1 - slow)
+
+# %% ../../nbs/21_model.rope.ipynb #6531e550
 def rope_table(
     args: ModelArgs,
     positions: Tensor,  # where each token stands in its segment, int [T]
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:  # cos and sin of each token's angles, float32 [T, head_dim / 2]
-    """The angles that `apply_rope` turns by."""
-    angles = positions.to(device=device, dtype=torch.float32)[:, None] * rope_frequencies(args, device)
-    scale = 1.0 if args.yarn is None or not args.yarn.apply_scale else 0.1 * math.log(args.yarn.factor) + 1.0
-    return angles.cos() * scale, angles.sin() * scale
+) -> Tensor:  # complex64 [T, head_dim / 2]
+    """What each pair of each token's queries and keys is multiplied by."""
+    angles = positions.float()[:, None] * rope_speeds(args, positions.device)
+    scaled = args.yarn is not None and args.yarn.apply_scale
+    length = torch.full_like(angles, 0.1 * math.log(args.yarn.factor) + 1.0 if scaled else 1.0)
+    return torch.polar(length, angles)
 
-# %% ../../nbs/21_model.rope.ipynb #33dc0678
-class Rotate(torch.autograd.Function):
-    """Turn pairs by an angle; the gradient turns back. Nothing but the table is kept."""
+# %% ../../nbs/21_model.rope.ipynb #132195eb
+def turn(x: Tensor, table: Tensor) -> Tensor:
+    """`x` [T, heads, head_dim] with each pair multiplied by its entry of `table` [T, head_dim / 2]."""
+    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)
+
+
+class Turn(torch.autograd.Function):
+    """`turn` whose gradient turns back and keeps nothing but the table."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return turn(x, table)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` [T, heads, head_dim] with pair (2i, 2i+1) of token t turned by the angle of cos, sin [t, i]."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return turn(grad.contiguous(), ctx.saved_tensors[0].conj()), None
 
 
 def apply_rope(
-    x: Tensor,    # queries or keys [T, heads, head_dim]
-    cos: Tensor,  # float32 [T, head_dim / 2]
-    sin: Tensor,  # float32 [T, head_dim / 2]
+    x: Tensor,      # queries or keys [T, heads, head_dim]
+    table: Tensor,  # complex64 [T, head_dim / 2]
 ) -> Tensor:  # [T, heads, head_dim]
-    """Turn each pair of `x` by its token's angle."""
-    return Rotate.apply(x, cos, sin)
+    """Turn each pair of `x` as its token's position demands."""
+    if table.shape != (x.shape[0], x.shape[2] // 2):
+        raise ValueError(f"rope for x {list(x.shape)} needs a table {[x.shape[0], x.shape[2] // 2]}, "
+                         f"received {list(table.shape)}. Make it with rope_table for these tokens' positions.")
+    return Turn.apply(x, table)
 
-# %% ../../nbs/21_model.rope.ipynb #6531e550
-def query_growth(
+# %% ../../nbs/21_model.rope.ipynb #9ad4ca59
+def query_table(
+    table: Tensor,      # of `rope_table`, complex64 [T, head_dim / 2]
     positions: Tensor,  # int [T]
-    scaling: QueryScaling,
-) -> Tensor:  # float32 [T, 1]
-    """1 + beta ln(1 + ⌊position / L⌋), the factor of each query."""
+    scaling: QueryScaling | None,
+) -> Tensor:  # complex64 [T, head_dim / 2]
+    """The table of the queries: `table` times 1 + beta ln(1 + ⌊position / L⌋)."""
+    if scaling is None: return table
     steps = positions // scaling.original_max_position_embeddings
-    return 1 + scaling.beta * torch.log1p(steps.float())[:, None]
+    return table * (1 + scaling.beta * torch.log1p(steps.float()))[:, None]

@@ -5,8 +5,6 @@
 # %% ../../nbs/25_model.transformer.ipynb #e9d2bc34
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,81 +12,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .args import ModelArgs
-from .attention import cached_attention
-from .attention import packed_attention
+from .attention import KVCache
 from .layers import Attention
 from .layers import FeedForward
 from .layers import Linear
+from .layers import Place
 from .layers import RMSNorm
 from .moe import MoE
-from .rope import query_growth
-from .rope import rope_table
 
 # %% auto #0
-__all__ = ['KVCache', 'Place', 'TransformerBlock', 'Transformer', 'checkpoint_blocks']
-
-# %% ../../nbs/25_model.transformer.ipynb #c029df23
-class KVCache:
-    """Keys and values of the tokens seen so far, for `num_seqs` sequences."""
-
-    def __init__(self, args: ModelArgs, num_seqs: int = 1):
-        self.lengths = [0] * num_seqs                            # tokens of each sequence
-        self.rooms: list[Tensor | None] = [None] * args.n_layers  # keys and values [2, num_seqs, L, kv_heads, head_dim]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], window: int | None) -> Tensor:
-        """Keep the new keys and values of `layer`, and let the new queries see them and all before."""
-        ends = [n + new for n, new in zip(self.lengths, seqlens)]
-        room = self.grown(layer, k, max(ends))
-        for new, kept in zip((k.detach(), v.detach()), room): self.put(new, kept, seqlens)
-        if not any(self.lengths): return packed_attention(q, k, v, seqlens, window)
-        if set(seqlens) == {1}: return cached_attention(q, *room, torch.tensor(ends, device=q.device), window)
-        k, v = (torch.cat([kept[i, :end] for i, end in enumerate(ends)]) for kept in room)
-        return packed_attention(q, k, v, seqlens, window, keylens=ends)
-
-    def put(self, new: Tensor, kept: Tensor, seqlens: list[int]) -> None:
-        """Copy `new` [T, kv_heads, head_dim] behind what `kept` [num_seqs, L, kv_heads, head_dim] holds."""
-        if set(seqlens) == {1}:
-            kept[torch.arange(len(new)), torch.tensor(self.lengths)] = new
-            return
-        for i, part in enumerate(new.split(seqlens)): kept[i, self.lengths[i]:self.lengths[i] + len(part)] = part
-
-    def grown(self, layer: int, like: Tensor, end: int) -> Tensor:
-        """The room of `layer`, doubled until it holds `end` tokens a sequence."""
-        old = self.rooms[layer]
-        if old is not None and old.shape[2] >= end: return old
-        room = like.new_zeros(2, len(self.lengths), max(64, 2 * end), *like.shape[1:])
-        if old is not None: room[:, :, :old.shape[2]] = old
-        self.rooms[layer] = room
-        return room
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all sequences but `rows`."""
-        self.lengths = [self.lengths[i] for i in rows]
-        self.rooms = [None if room is None else room[:, rows] for room in self.rooms]
-
-    def advance(self, seqlens: list[int]) -> None:
-        """Count the tokens just appended to every layer."""
-        self.lengths = [n + new for n, new in zip(self.lengths, seqlens)]
-
-# %% ../../nbs/25_model.transformer.ipynb #bf0369e2
-@dataclass
-class Place:
-    """Where the tokens of a batch stand."""
-    seqlens: list[int]                   # new tokens of each segment
-    keylens: list[int]                   # all tokens of each segment
-    query_table: tuple[Tensor, Tensor]   # rope of the queries
-    key_table: tuple[Tensor, Tensor]     # rope of the keys
-    cache: KVCache | None
-
-    @classmethod
-    def of(cls, args: ModelArgs, seqlens: list[int], cache: KVCache | None, device: torch.device) -> Place:
-        before = cache.lengths if cache is not None else [0] * len(seqlens)
-        keylens = [b + n for b, n in zip(before, seqlens)]
-        positions = torch.cat([torch.arange(b, e, device=device) for b, e in zip(before, keylens)])
-        table = rope_table(args, positions, device)
-        if not args.llama_4_scaling: return cls(seqlens, keylens, table, table, cache)
-        growth = query_growth(positions, args.llama_4_scaling)
-        return cls(seqlens, keylens, tuple(t * growth for t in table), table, cache)
+__all__ = ['TransformerBlock', 'Transformer', 'checkpoint_blocks']
 
 # %% ../../nbs/25_model.transformer.ipynb #090dda6e
 class TransformerBlock(nn.Module):
