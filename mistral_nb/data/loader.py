@@ -27,8 +27,8 @@ from .store import build_store
 from ..device import rank as this_rank
 
 # %% auto #0
-__all__ = ['Piece', 'Batch', 'collate', 'Pieces', 'cut_samples', 'split_samples', 'pieces_of', 'Stream', 'Mixture', 'TrainLoader',
-           'cut_notes', 'eval_batches', 'load_data']
+__all__ = ['Piece', 'Batch', 'collate', 'Pieces', 'cut_samples', 'split_samples', 'pieces_of', 'Stream', 'why_empty', 'Mixture',
+           'TrainLoader', 'cut_notes', 'eval_batches', 'load_data']
 
 # %% ../../nbs/15_data.loader.ipynb #c9f6da16
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ class Stream:
     ):
         self.store, self.shuffle, self.seed = store, shuffle, seed
         self.pieces = pieces_of(store, seq_len)
-        if not len(self.pieces): raise ValueError(_why_empty(store, self.pieces, seq_len))
+        if not len(self.pieces): raise ValueError(why_empty(store, self.pieces, seq_len))
         self.plan = plan_packs(self.pieces.length, seq_len)
         self.sizes = np.add.reduceat(self.plan.slots, self.plan.starts[:-1])
         self.epoch = lru_cache(maxsize=4)(self._epoch)
@@ -157,7 +157,7 @@ class Stream:
                 for k in self.epoch(number if self.shuffle else 0)[i]]
 
 
-def _why_empty(store: TokenStore, pieces: Pieces, seq_len: int) -> str:
+def why_empty(store: TokenStore, pieces: Pieces, seq_len: int) -> str:
     "No piece is left of `store`: say why and what to do."
     if not len(store): return f"no samples in {store.name}: the file is empty"
     parts = {pieces.untrained: "have nothing to train on (no assistant message, or weight 0 on all of them)",

@@ -43,7 +43,7 @@ from .tokenize import encode_all
 __all__ = ['HOME', 'FORMAT', 'SCHEMA', 'record_batch', 'flat', 'TokenStore', 'count_trained', 'checksum', 'StoreWriter',
            'DamagedStore', 'read_batches', 'Encoder', 'serve', 'Worker', 'chunks_of', 'encode_chunk', 'encode_rows',
            'digest', 'tokenizer_identity', 'code_identity', 'store_key', 'cache_folder', 'try_lock', 'locked',
-           'DataError', 'Job', 'default_workers', 'CacheError', 'build_store', 'write_store']
+           'DataError', 'Job', 'default_workers', 'CacheError', 'writing', 'build_store', 'write_store']
 
 # %% ../../nbs/13_data.store.ipynb #59a4bd57
 HOME = Path(mistral_nb.__file__).resolve().parent
@@ -381,19 +381,22 @@ class Job:
     workers: int | None = None  # None: by the size of the files
     progress: bool = True
     files: list[Path] = field(init=False)
+    digests: list[str] = field(init=False)  # of the files
     path: Path = field(init=False)
     num_lines: int = field(init=False)
 
     def __post_init__(self):
         self.files = [Path(f) for f in self.source.files()]
-        digests = [digest(f) for f in self.files]
-        key = store_key(self.encoder, [(f.suffix.lower(), sha) for f, (sha, _) in zip(self.files, digests)])
+        summed = [digest(f) for f in self.files]
+        self.digests = [sha for sha, _ in summed]
+        key = store_key(self.encoder, [(f.suffix.lower(), sha) for f, sha in zip(self.files, self.digests)])
         self.path = Path(self.cache_dir or cache_folder()) / "tokens" / f"{key}.arrow"
-        self.num_lines = sum(lines for _, lines in digests)
+        self.num_lines = sum(lines for _, lines in summed)
         if self.workers is None: self.workers = default_workers(sum(f.stat().st_size for f in self.files))
 
     @property
     def name(self) -> str:
+        "The source as the config names it."
         return str(self.source.path)
 
     def rows(self) -> Iterator[tuple[int, Row, list[TokenSample] | RowError]]:
@@ -427,6 +430,15 @@ class CacheError(ValueError):
     "A store that cannot be written."
 
 
+@contextmanager
+def writing(job: Job) -> Iterator[None]:
+    "Say what to do when the disk refuses the store of `job`."
+    try: yield
+    except OSError as e:
+        raise CacheError(f"cannot keep the tokens of {job.name} in {job.path.parent}: {e}\n"
+                         "Set MISTRAL_NB_CACHE to a folder that can be written and has room.") from e
+
+
 def build_store(
     source: Source,
     tokenizer: Any,  # MistralTokenizer of the model folder
@@ -440,13 +452,9 @@ def build_store(
     encoder = Encoder(tokenizer, source.kind, exact_context, dynamic_chunk_fn_call)
     job = Job(source, encoder, Path(cache_dir) if cache_dir else None, workers, progress)
     if store := job.load(): return store
-    try:
-        with locked(job.path.with_suffix(".lock"), job.name):
-            if store := job.load(): return store
-            write_store(job)
-    except OSError as e:
-        raise CacheError(f"cannot keep the tokens of {job.name} in {job.path.parent}: {e}\n"
-                         "Set MISTRAL_NB_CACHE to a folder that can be written and has room.") from e
+    with writing(job), locked(job.path.with_suffix(".lock"), job.name):
+        if store := job.load(): return store
+        write_store(job)
     return TokenStore(read_batches(job.path), job.files, source.kind, job.name)
 
 
