@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['DTYPES', 'CODES', 'MAPPED', 'CheckpointError', 'Entry', 'read_header', 'bytes_of', 'SafetensorsFile', 'PickleFile',
-           'load_pickle', 'TensorFiles', 'write_tensors']
+__all__ = ['DTYPES', 'CODES', 'PIECE', 'MAPPED', 'CheckpointError', 'Entry', 'read_header', 'bytes_of', 'SafetensorsFile',
+           'PickleFile', 'load_pickle', 'TensorFiles', 'layout_of', 'write_tensors']
 
 # %% ../../nbs/29_weights.tensors.ipynb #04531da7
 class CheckpointError(ValueError):
@@ -80,6 +80,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
+PIECE = 4 * 2**20  # numbers that are read at a time
+
+
 class SafetensorsFile:
     "The safetensors file at `path`."
     def __init__(self, path: Path):
@@ -94,16 +97,17 @@ class SafetensorsFile:
         return out
 
     def read_into(self, name: str, out: Tensor) -> None:
-        "Fill `out` (same shape, any device and dtype) with the tensor `name`."
+        "Fill `out` (contiguous, of the same shape, on any device, in any dtype) with the tensor `name`."
         entry = self.entries[name]
-        direct = out.dtype == entry.dtype and out.device.type == "cpu" and out.is_contiguous()
-        if not direct:
-            out.copy_(self.read(name))
-            return
+        direct = out.dtype == entry.dtype and out.device.type == "cpu"
+        between = None if direct else torch.empty(min(PIECE, entry.numel), dtype=entry.dtype)
         with open(self.path, "rb") as f:
             f.seek(entry.start)
-            if entry.nbytes and f.readinto(bytes_of(out)) != entry.nbytes:
-                raise CheckpointError(f"{self.path} ended inside {name}: the file shrank while it was read.")
+            for part in out.view(-1).split(PIECE):
+                raw = part if between is None else between[:len(part)]
+                if f.readinto(bytes_of(raw)) != part.numel() * entry.dtype.itemsize:
+                    raise CheckpointError(f"{self.path} ended inside {name}: the file shrank while it was read.")
+                if raw is not part: part.copy_(raw)
 
 # %% ../../nbs/29_weights.tensors.ipynb #7bd97738
 MAPPED = 256 * 2**20  # bytes read through one map before it is renewed
@@ -122,7 +126,7 @@ class PickleFile:
         return self.tensors[name]
 
     def read_into(self, name: str, out: Tensor) -> None:
-        "Fill `out` (same shape, any device and dtype) with the tensor `name`."
+        "Fill `out` (contiguous, of the same shape, on any device, in any dtype) with the tensor `name`."
         out.copy_(self.read(name))
 
     def _map(self) -> dict[str, Tensor]:
@@ -154,16 +158,24 @@ class TensorFiles:
         self.entries = {name: entry for file in opened for name, entry in file.entries.items()}
         self.notes = {key: note for file in opened for key, note in file.notes.items()}
         self._home = {name: file for file in opened for name in file.entries}
+        if (total := sum(len(file.entries) for file in opened)) > len(self.entries):
+            raise CheckpointError(f"{total - len(self.entries)} tensors stand in two files of {self.paths[0].parent}. "
+                                  "Are these the parts of one model? Download them again.")
 
     def read(self, name: str) -> Tensor:
         "The tensor `name` on the CPU, in the file's dtype."
         return self._home[name].read(name)
 
     def read_into(self, name: str, out: Tensor) -> None:
-        "Fill `out` (same shape, any device and dtype) with the tensor `name`."
+        "Fill `out` (contiguous, of the same shape, on any device, in any dtype) with the tensor `name`."
         self._home[name].read_into(name, out)
 
 # %% ../../nbs/29_weights.tensors.ipynb #d13728e6
+def layout_of(tensors: dict[str, Tensor]) -> dict[str, Entry]:
+    "What to announce for tensors that are at hand."
+    return {name: Entry(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
 def write_tensors(
     path: Path,
     layout: dict[str, Entry],  # what will be written; `start` is ignored
