@@ -52,7 +52,7 @@ def precision():
 
 
 @pytest.mark.parametrize(("error", "seconds", "choice"), [
-    (3e-7, 0.5, "medium"), (3e-7, 1.0, "highest"), (3e-7, 0.99, "highest"), (2e-3, 0.1, "highest"),
+    (3e-7, 0.5, "medium"), (3e-7, 1.02, "medium"), (3e-7, 1.2, "highest"), (2e-3, 0.1, "highest"),
     (3e-4, 0.1, "highest")])
 def test_fast_products_only_where_exact(monkeypatch, precision, error, seconds, choice):
     monkeypatch.setattr(device, "product_error", lambda p, a, b: error if p == "medium" else 2e-7)

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, that they repeat exactly, and what happens when they are interrupted or break."""
 
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -389,6 +391,19 @@ def test_out_of_memory_says_what_to_lower(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(Transformer, "forward", full)
     with pytest.raises(TrainingError, match="seq_len") as error: run(make_config(model_dir, tmp_path))
     assert "2.00 GiB" in str(error.value)
+
+
+def test_an_error_does_not_hold_the_model(model_dir, tmp_path, monkeypatch):
+    """A notebook keeps the last traceback; a GPU must be free for the next try all the same."""
+    models, load = [], trainer.load_model
+    def loaded(*args, **options):
+        models.append(weakref.ref(model := load(*args, **options)))
+        return model
+    monkeypatch.setattr(trainer, "load_model", loaded)
+    break_at(monkeypatch, 2, math.nan)
+    with pytest.raises(TrainingError) as error: run(make_config(model_dir, tmp_path))
+    gc.collect()
+    assert error.traceback and models[0]() is None
 
 
 def test_a_full_disk_stops_the_run(model_dir, tmp_path, monkeypatch):

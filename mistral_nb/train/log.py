@@ -21,6 +21,7 @@ from ..device import Memory
 from .evaluate import EvalResult
 from .folder import RunFolder
 from .folder import now
+from .folder import without_secrets
 
 # %% auto #0
 __all__ = ['GIB', 'Meter', 'train_record', 'eval_record', 'Sink', 'JsonLines', 'TensorBoard', 'Wandb', 'MLFlow', 'Bar', 'summary',
@@ -135,7 +136,7 @@ class Wandb(Sink):
         self.ours = wandb.run is None
         self.run  = wandb.run or wandb.init(
             project=cfg.wandb.project, name=cfg.wandb.run_name or folder.path.name, dir=str(folder.path),
-            config=cfg.to_dict(), job_type="training", mode="offline" if cfg.wandb.offline else None)
+            config=without_secrets(cfg).to_dict(), job_type="training", mode="offline" if cfg.wandb.offline else None)
 
     def write(self, tag: str, record: dict[str, float]) -> None:
         self.run.log({f"{tag}/{k}": v for k, v in record.items() if k != "step"}, step=int(record["step"]))

@@ -10,6 +10,8 @@ import math
 import os
 import signal
 import threading
+import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -65,8 +67,8 @@ from ..weights.checkpoint import save_merged
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'train_step', 'seed_step', 'Interrupt', 'TrainingError', 'check_step', 'Job', 'prepare',
-           'model_folder', 'due', 'loop', 'held_out_loss', 'save', 'run_job', 'fit', 'untouched_torch', 'reported',
-           'opening', 'closing']
+           'model_folder', 'due', 'loop', 'held_out_loss', 'save', 'run_job', 'opening', 'closing', 'fit',
+           'untouched_torch', 'reported']
 
 # %% ../../nbs/46_train.trainer.ipynb #fbd27bee
 def train_step(
@@ -163,10 +165,15 @@ class Job:
     device: torch.device
     dtype: torch.dtype # the network computes in
     loader: TrainLoader
-    held_out: Callable[[], Iterable[Batch]] | None # a fresh pass over the evaluation rows
+    held_out: Callable[[], Iterable[Batch]] | None # a fresh pass over the evaluation rows; None without evaluation
     model: Transformer
     updater: Updater
     schedule: OneCycleLR
+    notes: list[str] # what a user should know of the data
+
+    def release(self) -> None:
+        "Let go of the model, for those who hold on to an error and with it to this job."
+        self.model = self.updater = self.schedule = None
 
 def prepare(cfg: TrainConfig, device: torch.device) -> Job:
     "Check everything, then load: all that can be wrong is told here, and nothing is written."
@@ -178,13 +185,16 @@ def prepare(cfg: TrainConfig, device: torch.device) -> Job:
     check_free(folder, cfg.overwrite)
     check_folder(model_folder(cfg))
     dtype = compute_dtype(cfg.dtype, device)
-    loader, held_out = load_data(cfg, load_tokenizer(model_folder(cfg)), world_size())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        loader, held_out = load_data(cfg, load_tokenizer(model_folder(cfg)), world_size())
     model = load_model(model_folder(cfg), cfg.lora if cfg.lora.enable else None, device=device, dtype=dtype,
                        trainable=not cfg.lora.enable, seed=cfg.seed)
     checkpoint_blocks(model, cfg.checkpoint)
     updater = Updater(make_optimizer(model.parameters(), cfg.optim), cfg.max_norm, dtype)
-    return Job(cfg, folder, device, dtype, loader, held_out if not cfg.no_eval else None, model, updater,
-               make_schedule(updater.optimizer, cfg.optim, cfg.max_steps))
+    return Job(cfg, folder, device, dtype, loader, held_out, model, updater,
+               make_schedule(updater.optimizer, cfg.optim, cfg.max_steps),
+               [str(w.message) for w in said if w.category is UserWarning])
 
 def model_folder(cfg: TrainConfig) -> Path:
     "Where the model to train from is."
@@ -207,6 +217,7 @@ def loop(job: Job, log: Log, stop: Interrupt) -> Iterator[int]: # the steps done
         lr         = current_lr(job.updater.optimizer)
         loss, norm = train_step(model, batches, job.updater)
         check_step(step, loss, norm, batches, job.updater, norms)
+        if not math.isfinite(norm): log.say(f"step {step}: a float16 gradient overflowed; skipped, loss scale halved")
         advance(job.schedule)
         meter.end(world_size() * sum(len(batch.input_ids) for batch in batches))
         if step == 1 or due(step, cfg.log_freq, cfg.max_steps):
@@ -258,6 +269,24 @@ def _finite(params: Iterable[torch.Tensor]) -> bool:
     return all(bool(p.isfinite().all()) for p in params)
 
 # %% ../../nbs/46_train.trainer.ipynb #2c4f803f
+def opening(job: Job) -> list[str]:
+    "What a run says before its first step."
+    cfg, trained = job.cfg, sum(p.numel() for p in job.updater.params)
+    total  = sum(p.numel() for p in job.model.parameters())
+    epochs = ", ".join(f"{n:.2g}" for n in job.loader.epochs(cfg.max_steps))
+    tokens = world_size() * cfg.num_microbatches * cfg.batch_size * cfg.seq_len
+    return [f"training {trained:,} of {total:,} weights ({trained / total:.1%}) on {device_name(job.device)} "
+            f"in {str(job.dtype).removeprefix('torch.')}; {use_fast_float32(job.device)}",
+            f"{cfg.max_steps:,} steps of up to {tokens:,} tokens, {epochs} times through the data", *job.notes]
+
+def closing(job: Job, state: str, step: int) -> str:
+    "What a run says after its last step."
+    last = list_checkpoints(job.folder)[-1:]
+    where = f"weights in {last[0] / 'consolidated'}" if last else "no checkpoint was saved"
+    skipped = f"; {job.updater.skipped} float16 steps overflowed and were skipped" if job.updater.skipped else ""
+    return f"{state} after {step:,} of {job.cfg.max_steps:,} steps; {where}{skipped}"
+
+# %% ../../nbs/46_train.trainer.ipynb #41bc90ec
 def fit(
     cfg: TrainConfig, # all settings
     device: torch.device | None = None, # None: this machine's best
@@ -270,7 +299,7 @@ def fit(
         create(job.folder, cfg)
         log = open_log(job.folder, cfg)
         interrupt = stack.enter_context(Interrupt(stop))
-        stack.enter_context(reported(job.folder, log))
+        stack.enter_context(reported(job, log))
         write_status(job.folder, "running", step=0, max_steps=cfg.max_steps, model=str(model_folder(cfg).absolute()))
         for line in opening(job): log.say(line)
         reset_peak(job.device)
@@ -288,30 +317,21 @@ def untouched_torch(device: torch.device) -> Iterator[None]:
     finally: torch.set_float32_matmul_precision(precision)
 
 @contextlib.contextmanager
-def reported(folder: RunFolder, log: Log) -> Iterator[None]:
+def reported(job: Job, log: Log) -> Iterator[None]:
     "Close the log whatever happens; write an error down before it goes on its way."
     try: yield
     except BaseException as e:
         reason = str(e) or type(e).__name__
-        write_status(folder, "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", reason=reason)
+        write_status(job.folder, "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", reason=reason)
         log.say(f"stopped: {reason}")
+        if isinstance(e, TrainingError): _let_go(e)
         raise
-    finally: log.close()
+    finally:
+        log.close()
+        job.release()
 
-# %% ../../nbs/46_train.trainer.ipynb #41bc90ec
-def opening(job: Job) -> list[str]:
-    "What a run says before its first step."
-    cfg, trained = job.cfg, sum(p.numel() for p in job.updater.params)
-    total  = sum(p.numel() for p in job.model.parameters())
-    epochs = ", ".join(f"{n:.2g}" for n in job.loader.epochs(cfg.max_steps))
-    tokens = world_size() * cfg.num_microbatches * cfg.batch_size * cfg.seq_len
-    return [f"training {trained:,} of {total:,} weights ({trained / total:.1%}) on {device_name(job.device)} "
-            f"in {str(job.dtype).removeprefix('torch.')}; {use_fast_float32(job.device)}",
-            f"{cfg.max_steps:,} steps of up to {tokens:,} tokens, {epochs} times through the data", *job.loader.notes]
-
-def closing(job: Job, state: str, step: int) -> str:
-    "What a run says after its last step."
-    last = list_checkpoints(job.folder)[-1:]
-    where = f"weights in {last[0] / 'consolidated'}" if last else "no checkpoint was saved"
-    skipped = f"; {job.updater.skipped} float16 steps overflowed and were skipped" if job.updater.skipped else ""
-    return f"{state} after {step:,} of {job.cfg.max_steps:,} steps; {where}{skipped}"
+def _let_go(error: BaseException | None) -> None:
+    "Forget the variables in the traceback of an error and of its causes."
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
