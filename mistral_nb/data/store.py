@@ -244,7 +244,8 @@ class Worker:
             return pickle.load(self.process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as e:
             code = self.process.wait()
-            raise RuntimeError(f"a tokenising process ended with code {code} (-9: out of memory); try workers=1") from e
+            why = ", killed, most likely for want of memory" if code == -9 else ", its own words are above"
+            raise RuntimeError(f"a tokenising process ended with code {code}{why}; try workers=1") from e
 
     def close(self) -> None:
         self.process.kill()
