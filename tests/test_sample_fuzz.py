@@ -29,7 +29,8 @@ KEYS = ["messages", "interactions", "content", "text", "role", "tools", "availab
         "weight", "tool_calls", "tool_call_id", "id", "type", "function", "name", "arguments", "parameters",
         "description", "properties"]
 WORDS = ["system", "user", "assistant", "tool", "function", "text", "object", "dict", "AbC123xyZ", "call_1", "null", "",
-         " ", "\ud800", "\u2028", "NaN", "1" * 5000, "[" * 3000, '{"a": 1}', '{"a": 1e999}', '{"a": ' + "9" * 5000 + "}",
+         " ", "\ud800", "\u2028", "NaN", "1" * 5000, "[" * 3000, '{"a": 1}',
+         '{"a": 1e999}', '{"a": ' + "9" * 5000 + "}",
          '{"\\ud800": 1}']
 texts = st.one_of(st.sampled_from(WORDS), st.text(st.characters(exclude_categories=()), max_size=20))
 values = st.recursive(

@@ -4,6 +4,9 @@ import json
 import warnings
 
 import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from mistral_common.protocol.instruct.messages import SystemMessage
 from mistral_common.protocol.instruct.messages import ToolMessage
@@ -24,6 +27,7 @@ from mistral_nb.data.tokenize import encode_prompt
 from mistral_nb.data.tokenize import end_id
 from mistral_nb.data.tokenize import load_tokenizer
 from mistral_nb.data.tokenize import parse_tool_calls
+from mistral_nb.data.tokenize import remembering
 from mistral_nb.data.tokenize import version_of
 from mistral_nb.data.tokenize import vocab_size
 from tekken_variants import VERSIONS
@@ -362,3 +366,42 @@ def test_a_bare_file_is_known_by_its_bytes(tmp_path):
         assert version_of(load_tokenizer(tmp_path)) == "v3"
     (tmp_path / "tokenizer.model").write_bytes(data + b"\x3a\x00")  # another file of as many pieces
     with pytest.raises(TokenizerError, match="rename it"): load_tokenizer(tmp_path)
+
+
+# ---- words seen before
+
+letters = st.sampled_from(" ▁\n\r\tab.é½ﬁＡ你🙂\u0301\u200b\u2028\x00<>s/[INST]")
+awkward = st.text(st.one_of(letters, st.characters()), max_size=60)
+
+
+@settings(max_examples=80, deadline=None)
+@given(awkward)
+def test_remembered_words_give_the_ids_of_the_whole_text(tokenizers, text):
+    for name in VERSIONS:
+        base, fast = tokenizers[name].instruct_tokenizer.tokenizer, remembering(tokenizers[name]).tokenizer
+        assert fast.by_words == (not name.startswith("tekken"))
+        for bos in (True, False):
+            assert fast.encode(text, bos=bos, eos=not bos) == base.encode(text, bos=bos, eos=not bos)
+
+
+def test_remembered_words_on_real_text(tokenizers, shared):
+    with open(shared / "data" / "llama-factory" / "c4_demo.jsonl", "rb") as lines:
+        texts = [json.loads(line)["text"] for line in lines][:100]
+    with open(shared / "data" / "open-assistant" / "en_100_tree.jsonl", "rb") as lines:
+        texts += [line.decode() for line in lines][:30]
+    for name in VERSIONS[:4]:
+        base, fast = tokenizers[name].instruct_tokenizer.tokenizer, remembering(tokenizers[name]).tokenizer
+        for text in texts: assert fast.encode(text, bos=False, eos=False) == base.encode(text, bos=False, eos=False)
+
+
+def test_a_vocabulary_that_breaks_the_rule_is_not_remembered_by_words(tokenizers):
+    class Joining:
+        """Writes `a b` as one piece."""
+        _model, bos_id, eos_id = None, 1, 2
+        def __init__(self, pieces): self.pieces = pieces
+        def vocab(self): return self.pieces
+        def encode(self, text, bos, eos): return [len(text)]
+    from mistral_nb.data.tokenize import Remembering
+    for pieces in (["a", "a▁b"], ["a", "a\n"], ["a", "▁b"]):  # the last keeps the rule, and writes the probe otherwise
+        fast = Remembering(Joining(pieces))
+        assert not fast.by_words and fast.encode("a b", bos=True, eos=True) == [1, 3, 2]

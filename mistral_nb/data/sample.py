@@ -29,10 +29,10 @@ __all__ = ['CODES', 'TYPES', 'SCHEMAS', 'NAMED_SCHEMAS', 'OUR_ID', 'FOREIGN_ID',
            'parse_content', 'mended_schema', 'mended_name', 'function_of', 'parse_tool', 'rules', 'check_tool',
            'reason', 'tools_of_text', 'parse_tools', 'no_json', 'checked_arguments', 'nine_letters', 'checked_id',
            'parse_call', 'parse_calls', 'parse_system', 'parse_user', 'parse_result', 'needed_content',
-           'parse_assistant', 'checked_weight', 'checked_role', 'parse_message', 'Text', 'Conversation', 'check_ends',
-           'check_links', 'check_answered', 'check_neighbours', 'check_template', 'culprit', 'check_rules',
-           'parse_messages', 'parse_chat', 'parse_text', 'check_kind', 'parse_row', 'RowWarning', 'plain_text',
-           'schema_checker', 'review_call', 'review', 'message_row', 'as_row']
+           'parse_assistant', 'checked_weight', 'checked_role', 'parse_message', 'Text', 'Conversation', 'calls_of',
+           'check_ends', 'check_links', 'check_answered', 'check_neighbours', 'check_template', 'culprit',
+           'check_rules', 'parse_messages', 'parse_chat', 'parse_text', 'check_kind', 'parse_row', 'RowWarning',
+           'plain_text', 'schema_checker', 'review_call', 'review', 'message_row', 'as_row']
 
 # %% ../../nbs/10_data.sample.ipynb #419b085e
 CODES = {
@@ -363,6 +363,11 @@ class Conversation:
     fields: tuple[str, ...] = ()  # where each message stands in its row
 
 # %% ../../nbs/10_data.sample.ipynb #1b17d5fc
+def calls_of(message: Any) -> list[ToolCall]:
+    """The tool calls of a message, which only an assistant's can have."""
+    return message.tool_calls or [] if message.role == "assistant" else []
+
+
 def check_ends(messages: list, fields: list[str]) -> None:
     """A chat starts with the system or the user, and ends with an answer."""
     first, last = messages[0].role, messages[-1].role
@@ -380,7 +385,7 @@ def check_links(messages: list, fields: list[str]) -> None:
     for message, field in zip(messages, fields):
         if message.role == "assistant":
             check_answered(asked - answered, field)
-            asked, answered = {call.id for call in message.tool_calls or []}, set()
+            asked, answered = {call.id for call in calls_of(message)}, set()
         if message.role != "tool": continue
         id_, field = message.tool_call_id, f"{field}.tool_call_id"
         if id_ not in asked:
@@ -409,7 +414,7 @@ def check_neighbours(messages: list, fields: list[str]) -> None:
 # %% ../../nbs/10_data.sample.ipynb #3c771e74
 def check_template(messages: list, tools: list[Tool] | None, fields: list[str], version: str) -> None:
     """Refuse what the templates up to v3 cannot write."""
-    calls = [field for m, field in zip(messages, fields) if m.role == "tool" or getattr(m, "tool_calls", None)]
+    calls = [field for m, field in zip(messages, fields) if m.role == "tool" or calls_of(m)]
     if version == "v1" and (tools or calls):
         raise RowError("no_tools_here", "the v1 template has no tools; remove them, or use a model whose tokenizer is "
                        "v3 or later", calls[0] if calls else "tools")
@@ -418,7 +423,7 @@ def check_template(messages: list, tools: list[Tool] | None, fields: list[str], 
             raise RowError("system_mid_chat", f"the {version} template would move this message to the place of the "
                            "system prompt; put it first, or into a user message", field)
         turn = [before, message] if before and before.role == message.role == "assistant" else [message]
-        if any(m.content for m in turn) and any(getattr(m, "tool_calls", None) for m in turn):
+        if any(calls_of(m) for m in turn) and any(m.content for m in turn):
             raise RowError("content_and_calls", f"the {version} template cannot write content and tool calls in one "
                            "turn; remove the content, or use a model whose tokenizer is v7 or later", field)
 
@@ -553,11 +558,11 @@ def review(chat: Conversation) -> list[RowWarning]:
     for message, field in answers:
         if message.content and not plain_text(message.content).strip():
             found.append(RowWarning("blank_answer", "the answer is white space; only its end would be learned", field))
-        for k, call in enumerate(message.tool_calls or []):
+        for k, call in enumerate(calls_of(message)):
             at = f"{field}.tool_calls[{k}]"
             if call.id in seen: found.append(RowWarning("reused_id", f"{call.id!r} is the id of an earlier call", at))
             found += review_call(call, tools, at)
-        seen |= {call.id for call in message.tool_calls or []}
+        seen |= {call.id for call in calls_of(message)}
     if not any(m.weight for m, _ in answers):
         found.append(RowWarning("nothing_trained", "every answer has weight 0; the row only costs time", "messages"))
     return found
@@ -569,7 +574,7 @@ def message_row(message: Any) -> dict:
     if message.content is not None:
         parts = isinstance(message.content, list)
         row["content"] = [{"type": "text", "text": p.text} for p in message.content] if parts else message.content
-    if calls := getattr(message, "tool_calls", None): row["tool_calls"] = [call.model_dump() for call in calls]
+    if calls := calls_of(message): row["tool_calls"] = [call.model_dump() for call in calls]
     if message.role == "assistant" and not message.weight: row["weight"] = 0
     return row | {k: v for k in ("tool_call_id", "name") if (v := getattr(message, k, None)) is not None}
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from dataclasses import field
 from functools import cached_property
@@ -40,12 +41,12 @@ from .sample import parse_tools
 from .sample import reason
 
 # %% auto #0
-__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'NO_IDS', 'CONTROL', 'TokenizerError', 'tokenizer_file', 'packaged_file',
-           'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id', 'normalized',
-           'Writer', 'without_ids', 'common', 'difference', 'answer', 'TokenSample', 'joined', 'untrained', 'sample',
-           'check_results', 'turns', 'stays', 'exact_samples', 'chunked_samples', 'text_sample', 'as_row_error',
-           'open_row', 'encode', 'encode_all', 'prompt_messages', 'encode_prompt', 'decode', 'segments',
-           'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
+__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'WORD', 'PROBE', 'NO_IDS', 'CONTROL', 'TokenizerError', 'tokenizer_file',
+           'packaged_file', 'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id',
+           'normalizer_of', 'normalized', 'Remembering', 'remembering', 'Writer', 'without_ids', 'common', 'difference',
+           'answer', 'TokenSample', 'sample', 'check_results', 'turns', 'stays', 'exact_samples', 'chunked_samples',
+           'text_sample', 'as_row_error', 'open_row', 'encode', 'encode_all', 'prompt_messages', 'encode_prompt',
+           'decode', 'segments', 'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
 
 # %% ../../nbs/11_data.tokenize.ipynb #22e369ce
 class TokenizerError(ValueError):
@@ -122,12 +123,62 @@ def end_id(tokenizer: MistralTokenizer) -> int:
     return tokenizer.instruct_tokenizer.tokenizer.eos_id
 
 # %% ../../nbs/11_data.tokenize.ipynb #54cf35f9
-def normalized(chat: Conversation, tokenizer: MistralTokenizer) -> InstructRequest:
-    """`chat` as mistral-common's normalizer prepares it for inference; assistant messages keep their weight."""
+@lru_cache(maxsize=8)
+def normalizer_of(tokenizer: MistralTokenizer):
+    """mistral-common's normalizer for `tokenizer`, made anew with the message class that has a weight."""
     builder = tokenizer.instruct_tokenizer.tokenizer.model_settings_builder
-    normalizer = type(tokenizer._instruct_request_normalizer)(
+    return type(tokenizer._instruct_request_normalizer)(
         UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, InstructRequest, builder)
-    return normalizer.from_chat_completion_request(ChatCompletionRequest(messages=chat.messages, tools=chat.tools))
+
+
+def normalized(chat: Conversation, tokenizer: MistralTokenizer) -> InstructRequest:
+    """`chat` as it is prepared for inference; assistant messages keep their weight."""
+    request = ChatCompletionRequest(messages=chat.messages, tools=chat.tools)
+    return normalizer_of(tokenizer).from_chat_completion_request(request)
+
+# %% ../../nbs/11_data.tokenize.ipynb #56fe9d9e
+WORD = re.compile(r"[ ▁]*[^ ▁\n]+|[ ▁]+|\n")
+PROBE = "One  two\tthree\r\n\n ½ ﬁ Å Å ｆｕｌｌ ▁x <s> [INST] 你好 🙂\u2028\u200b\u0000 end  "
+
+
+class Remembering:
+    """A tokenizer of mistral-common that remembers words and recent texts; in all else it is the one it is given."""
+
+    def __init__(self, base: Any):
+        self.base, self.words = base, {}
+        self.recent = lru_cache(maxsize=256)(self.text_ids)
+        self.by_words = hasattr(base, "_model") and all(WORD.fullmatch(p) for p in set(base.vocab()) - {""})
+        if self.by_words: self.by_words = self.text_ids(PROBE) == base.encode(PROBE, bos=False, eos=False)
+
+    def __getattr__(self, name: str) -> Any: return getattr(self.base, name)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a text, word by word if that is exact."""
+        if not (self.by_words and text): return self.base.encode(text, bos=False, eos=False)
+        known, ids = self.words, []
+        for word in WORD.findall(" " + text):
+            if word not in known: self.learn(word)
+            ids += known[word]
+        return ids
+
+    def learn(self, word: str) -> None:
+        """Remember the ids of a word, and forget all when there are too many."""
+        if len(self.words) >= 200_000: self.words.clear()
+        first_space, line_break, *ids = self.base.encode("\n" + word, bos=False, eos=False)
+        self.words[word] = tuple(ids)
+
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        """The ids of a text, in a list of its own."""
+        ids = self.recent(text) if len(text) < 20_000 else self.text_ids(text)
+        return [self.base.bos_id] * bos + ids + [self.base.eos_id] * eos
+
+
+@lru_cache(maxsize=8)
+def remembering(tokenizer: MistralTokenizer):
+    """The instruct tokenizer of `tokenizer` on top of a `Remembering` one."""
+    instruct = copy(tokenizer.instruct_tokenizer)
+    instruct.tokenizer = Remembering(instruct.tokenizer)
+    return instruct
 
 # %% ../../nbs/11_data.tokenize.ipynb #e464f66a
 @dataclass(frozen=True)
@@ -168,7 +219,7 @@ class Writer:
 
     def write(self, message: Any, i: int, is_last: bool, is_history: bool) -> list[int]:
         """The ids of `message` in place of message `i`."""
-        instruct, request = self.tokenizer.instruct_tokenizer, self.request
+        instruct, request = remembering(self.tokenizer), self.request
         if message.role == "system": return instruct.encode_system_message(message)[0]
         if message.role == "tool": return instruct.encode_tool_message(message, is_history)[0]
         if message.role == "assistant": return instruct.encode_assistant_message(message, is_history)
@@ -196,14 +247,13 @@ def difference(ids: list[int], other: list[int]) -> slice:
     return slice(start, len(ids) - common(ids[start:][::-1], other[start:][::-1]))
 
 
-def answer(writer: Writer, i: int, last: int, ends: bool) -> tuple[list[int], np.ndarray]:
-    """Ids and mask of assistant message `i`; `ends` says that the sample ends with it."""
-    message, ids, place = writer.request.messages[i], writer.block(i, last), writer.place(i, last)
+def answer(writer: Writer, i: int, last: int, ends: bool) -> tuple[list[int], list[slice]]:
+    """The ids of assistant message `i` and the parts of them to mask; `ends` says that the sample ends with it."""
+    message, place = writer.request.messages[i], writer.place(i, last)
     calls = range(0 if writer.version in NO_IDS else len(message.tool_calls or []))
-    if calls and ends: ids, calls = writer.write(without_ids(message, calls), *place), []
-    mask = np.ones(len(ids), bool)
-    for k in calls: mask[difference(ids, writer.write(without_ids(message, [k]), *place))] = False
-    return ids, mask
+    if calls and ends: return writer.write(without_ids(message, calls), *place), []
+    ids = writer.block(i, last)
+    return ids, [difference(ids, writer.write(without_ids(message, [k]), *place)) for k in calls]
 
 # %% ../../nbs/11_data.tokenize.ipynb #e3306471
 @dataclass(frozen=True)
@@ -216,24 +266,20 @@ class TokenSample:
     def num_trained(self) -> int: return int(self.mask.sum())
 
 
-def joined(blocks: list[tuple[list[int], np.ndarray]]) -> TokenSample:
-    """One sample from blocks of ids and masks."""
-    return TokenSample(np.concatenate([np.array(ids, np.int32) for ids, _ in blocks]),
-                       np.concatenate([mask for _, mask in blocks]))
-
-
-def untrained(ids: list[int]) -> tuple[list[int], np.ndarray]: return ids, np.zeros(len(ids), bool)
-
-
 def sample(writer: Writer, stop: int, trained: set[int]) -> TokenSample:
-    """The chat up to message `stop`, training the assistant messages `trained`."""
-    last, blocks = writer.last_user(stop), [untrained(writer.tokenizer.instruct_tokenizer.start())]
+    """The chat up to message `stop`, which is an answer, training the assistant messages `trained`."""
+    last, ids, masks = writer.last_user(stop), writer.tokenizer.instruct_tokenizer.start(), []
     if writer.version == "v2": check_results(writer, stop)
     for i in range(stop):
-        ends = i == stop - 1
-        if i in trained: blocks.append(answer(writer, i, last, ends))
-        else: blocks.append(untrained(answer(writer, i, last, ends)[0] if ends else writer.block(i, last)))
-    return joined(blocks)
+        ends, start = i == stop - 1, len(ids)
+        block, hidden = answer(writer, i, last, ends) if ends or i in trained else (writer.block(i, last), [])
+        ids += block
+        if i in trained: masks.append((slice(start, len(ids)), hidden))
+    mask = np.zeros(len(ids), bool)
+    for place, hidden in masks:
+        mask[place] = True
+        for part in hidden: mask[place][part] = False
+    return TokenSample(np.array(ids, np.int32), mask)
 
 
 def check_results(writer: Writer, stop: int) -> None:
@@ -275,7 +321,7 @@ def chunked_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]
 
 def text_sample(text: Text, tokenizer: MistralTokenizer) -> TokenSample:
     """A text from begin to end, every token trained."""
-    ids = tokenizer.instruct_tokenizer.tokenizer.encode(text.text, bos=True, eos=True)
+    ids = remembering(tokenizer).tokenizer.encode(text.text, bos=True, eos=True)
     return TokenSample(np.array(ids, np.int32), np.ones(len(ids), bool))
 
 # %% ../../nbs/11_data.tokenize.ipynb #7fa9e6d3
