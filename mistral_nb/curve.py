@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from functools import partial
 from typing import Any
 
 # %% auto #0
@@ -144,7 +145,14 @@ def curve_figure(series: Series, title: str = "", x_label: str = "step") -> Any:
     ax.set_xlabel(x_label)
     ax.grid(color="#e6e6e6")
     if any(series.values()): ax.legend()
+    fig._repr_png_ = partial(_png, fig) # shows in a notebook, where only pyplot's figures would
     return fig
+
+def _png(fig: Any) -> bytes:
+    "A figure as PNG."
+    out = io.BytesIO()
+    fig.savefig(out, format="png")
+    return out.getvalue()
 
 def _plain(text: Any) -> str:
     "Text in which matplotlib sees no formula and no hidden name."
@@ -152,9 +160,7 @@ def _plain(text: Any) -> str:
 
 def curve_png(series: Series, title: str = "", x_label: str = "step") -> bytes:
     "The same lines as a PNG."
-    out = io.BytesIO()
-    curve_figure(series, title, x_label).savefig(out, format="png")
-    return out.getvalue()
+    return _png(curve_figure(series, title, x_label))
 
 # %% ../nbs/02_curve.ipynb #55376d3e
 @dataclass

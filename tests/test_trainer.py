@@ -303,6 +303,14 @@ def test_another_thread_trains_and_is_stopped(reference, model_dir, tmp_path, mo
     assert names(out[0]) == ["checkpoint_000002"] and adapter(out[0], 2) == adapter(reference, 2)
 
 
+def test_stopped_before_the_first_step(model_dir, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    folder = run(make_config(model_dir, tmp_path), stop=stop)
+    assert read_status(folder)["state"] == "interrupted" and read_status(folder)["step"] == 0
+    assert names(folder) == [] and "no checkpoint was saved" in folder.log.read_text()
+
+
 def test_a_real_process_and_a_real_signal(model_dir, tmp_path):
     cfg = make_config(model_dir, tmp_path, max_steps=100_000)
     cfg.save(tmp_path / "cfg.yaml")
@@ -415,15 +423,16 @@ def test_a_full_disk_stops_the_run(model_dir, tmp_path, monkeypatch):
     assert list(folder.checkpoint_dir.iterdir()) == [] and read_status(folder)["state"] == "failed"
 
 
-def test_a_microbatch_without_trained_tokens(model_dir):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_microbatch_without_trained_tokens(model_dir, dtype):
     cfg = make_config(model_dir, model_dir.parent)
-    model = load_model(model_dir, cfg.lora, device=CPU, dtype=torch.float32).train()
+    model = load_model(model_dir, cfg.lora, device=CPU, dtype=dtype).train()
     ids = torch.arange(3, 14)
     def batch(trained: bool) -> Batch:
         mask = torch.zeros(10, dtype=torch.bool)
         mask[4:] = trained
         return Batch(ids[:-1], ids[1:], mask, [6, 4], ["a:1", "a:2"])
-    updater = trainer.Updater(trainer.make_optimizer(model.parameters(), cfg.optim), 1.0)
+    updater = trainer.Updater(trainer.make_optimizer(model.parameters(), cfg.optim), 1.0, dtype)
     alone, norm = trainer.train_step(model, [batch(True)], updater)
     assert trainer.train_step(model, [batch(False), batch(False)], updater) == (0.0, 0.0)
     assert math.isfinite(trainer.train_step(model, [batch(False), batch(True)], updater)[0]) and norm > 0
