@@ -60,7 +60,7 @@ def build(pattern: str, tools: bool = False, **more) -> dict:
             messages.append({"role": "assistant", "tool_calls": [
                 {"id": i, "type": "function", "function": {"name": "get_time", "arguments": json.dumps({"city": text})}}
                 for i in open_ids]})
-        if letter == "T": messages.append({"role": "tool", "content": '{"t": %d}' % n, "tool_call_id": open_ids.pop(0)})
+        if letter == "T": messages.append({"role": "tool", "content": f'{{"t": {n}}}', "tool_call_id": open_ids.pop(0)})
         if letter == "0": messages[-1]["weight"] = 0
     return {"messages": messages, **({"tools": TOOLS} if tools else {}), **more}
 

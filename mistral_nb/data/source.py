@@ -5,20 +5,25 @@
 # %% ../../nbs/12_data.source.ipynb #0ad7f144
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .sample import RowError
 
 # %% auto #0
-__all__ = ['NUMBER', 'SourceError', 'split_weight', 'files_below', 'Source', 'parse_sources', 'Row', 'read_json', 'read_row',
-           'read_rows']
+__all__ = ['NUMBER', 'READERS', 'SourceError', 'split_weight', 'files_below', 'Source', 'parse_sources', 'Row', 'read_json',
+           'row_of_line', 'read_lines', 'without_nulls', 'read_cell', 'rows_of', 'frame_rows', 'read_list',
+           'read_parquet', 'read_csv', 'read_rows']
 
 # %% ../../nbs/12_data.source.ipynb #c48e66aa
 class SourceError(ValueError):
@@ -30,16 +35,16 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)
 
 def split_weight(part: str) -> tuple[str, float]:
     """`path:weight` as path and weight; without a number behind the last colon all of it is the path, of weight 1."""
-    path, colon, weight = part.rpartition(":")
-    if not colon or not path or not NUMBER.fullmatch(weight.strip()): return part, 1.0
+    path, _, weight = part.rpartition(":")
+    if not path or not NUMBER.fullmatch(weight.strip()) or Path(part).exists(): return part.strip(), 1.0
     value = float(weight)
     if 0 < value < math.inf: return path.strip(), value
-    raise SourceError(f"the weight of {path} must be a number above 0, received {weight}; leave a source out to skip it")
+    raise SourceError(f"the weight of {path} must be a number above 0, received {weight}; to skip it leave it out")
 
 # %% ../../nbs/12_data.source.ipynb #a5d9d495
 def files_below(folder: Path) -> list[Path]:
-    """Every `*.jsonl` below `folder`, in any case, sorted; nothing in hidden folders."""
-    found = [p for p in folder.rglob("*") if p.suffix.lower() == ".jsonl" and p.is_file()]
+    """Every `*.jsonl` below `folder`, whatever the case, sorted; nothing in hidden folders."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() == ".jsonl" and path.is_file()]
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
@@ -52,32 +57,33 @@ class Source:
 
     def files(self) -> list[Path]:
         """The files of this source."""
-        if not self.path.exists(): raise SourceError(f"no file or folder {self.path}; is the path right, seen from {Path.cwd()}?")
+        if not self.path.exists():
+            raise SourceError(f"no file or folder {self.path}; is the path right, seen from {Path.cwd()}?")
         found = files_below(self.path) if self.path.is_dir() else [self.path]
-        if not found: raise SourceError(f"no .jsonl file in folder {self.path}")
-        return found
+        if found: return found
+        raise SourceError(f"no .jsonl file in folder {self.path}; name files of other kinds one by one")
 
 # %% ../../nbs/12_data.source.ipynb #e62ce5a8
 def parse_sources(
     spec: str,  # path[:weight],path[:weight],…
     kind: str,  # "instruct" or "pretrain"
 ) -> list[Source]:
-    """The sources of one line of configuration; every path exists and no file comes twice."""
+    """The sources in one line of configuration; every path exists, and no file comes twice."""
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     sources = [Source(Path(path).expanduser(), weight, kind) for path, weight in map(split_weight, parts)]
     count = Counter(file.resolve() for source in sources for file in source.files())
     twice = [str(file) for file, n in count.items() if n > 1]
-    if twice: raise SourceError(f"{', '.join(twice[:3])} is named more than once in {spec!r}; give it one place and a weight")
-    return sources
+    if not twice: return sources
+    raise SourceError(f"{', '.join(twice[:3])} is named more than once in {spec!r}; name it once, with a weight")
 
 # %% ../../nbs/12_data.source.ipynb #70258444
 @dataclass(frozen=True)
 class Row:
-    """One line of a file: its JSON `value`, or the `error` that kept it from being read."""
+    """One row of a file: its JSON `value`, or the `error` that kept it from being read."""
     value: Any
     file: Path
-    line: int    # from 1
-    raw: bytes   # the line as it stands in the file, without its end
+    line: int  # from 1; in a file without lines the number of the row
+    raw: bytes  # the row as it stands in the file, or its JSON
     error: RowError | None = None
 
     @property
@@ -85,29 +91,95 @@ class Row:
 
 
 def read_json(line: str) -> Any:
-    """The value of one line, or a `RowError`."""
+    """The value of one line."""
     try:
         line.encode()
         return json.loads(line)
     except UnicodeEncodeError as e:
-        raise RowError("not_json", f"byte {e.start} is not UTF-8; save the file as UTF-8") from None
-    except RecursionError: raise RowError("not_json", "brackets are nested too deep") from None
-    except ValueError as e: raise RowError("not_json", f"expected one JSON object a line: {str(e)[:120]}") from None
+        before = len(line[:e.start].encode())
+        raise RowError("not_json", f"the byte at position {before} is not UTF-8; save the file as UTF-8") from None
+    except RecursionError: raise RowError("not_json", "brackets are nested too deep; flatten the row") from None
+    except ValueError as e:
+        hint = "; a file that holds one JSON list must be called .json" if line.startswith("[") else ""
+        raise RowError("not_json", f"expected one JSON object a line, received {line[:40]!r} "
+                       f"({str(e)[:90]}){hint}") from None
 
 
-def read_row(line: str, file: Path, number: int) -> Row:
+def row_of_line(line: str, file: Path, number: int) -> Row:
     """One line as a `Row`."""
     raw = line.encode("utf-8", "surrogateescape")
     try: return Row(read_json(line), file, number, raw)
     except RowError as e: return Row(None, file, number, raw, e)
 
 
-def read_rows(
-    path: str | Path,  # a .jsonl file
-) -> Iterator[Row]:
-    """The rows of a file, one at a time; blank lines are passed over, and counted."""
-    file = Path(path)
+def read_lines(file: Path) -> Iterator[Row]:
+    """The rows of a file that has one a line."""
     with open(file, encoding="utf-8", errors="surrogateescape", newline=None) as lines:
         for number, line in enumerate(lines, 1):
-            line = line.strip().lstrip("\ufeff")
-            if line: yield read_row(line, file, number)
+            line = line.strip(" \t\n\ufeff")
+            if line: yield row_of_line(line, file, number)
+
+# %% ../../nbs/12_data.source.ipynb #c28b1b55
+def without_nulls(value: Any) -> Any:
+    """`value` with the keys dropped that a table had to fill with null."""
+    if isinstance(value, dict): return {str(k): without_nulls(v) for k, v in value.items() if v is not None}
+    if hasattr(value, "tolist"): value = value.tolist()  # numpy, out of a DataFrame
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def read_cell(text: str | None) -> Any:
+    """A cell of CSV: JSON when it holds a list or an object, else text."""
+    if not text: return None
+    try: return json.loads(text) if text.lstrip()[:1] in ("[", "{") else text
+    except (ValueError, RecursionError): return text
+
+
+def rows_of(values: Iterable[Any], file: Path) -> Iterator[Row]:
+    """Values as rows, numbered from 1."""
+    for number, value in enumerate(values, 1):
+        yield Row(value, file, number, json.dumps(value, default=str).encode())
+
+
+def frame_rows(frame: Any) -> Iterator[Row]:
+    """The rows of a pandas DataFrame."""
+    frame = frame.astype(object).where(frame.notna(), None)
+    records = (dict(zip(frame.columns, cells)) for cells in frame.itertuples(index=False, name=None))
+    yield from rows_of(map(without_nulls, records), Path("DataFrame"))
+
+# %% ../../nbs/12_data.source.ipynb #c899c24e
+def read_list(file: Path) -> Iterator[Row]:
+    """The rows of a .json file: the elements of a list, or else one a line."""
+    if not file.read_bytes()[:64].lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"["): return read_lines(file)
+    whole = row_of_line(file.read_text(encoding="utf-8-sig", errors="surrogateescape"), file, 1)
+    return iter([whole]) if whole.error or not isinstance(whole.value, list) else rows_of(whole.value, file)
+
+
+def read_parquet(file: Path) -> Iterator[Row]:
+    """The rows of a parquet file."""
+    from pyarrow.parquet import ParquetFile
+    with ParquetFile(file) as table:
+        batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1000))
+        yield from rows_of(map(without_nulls, chain.from_iterable(batches)), file)
+
+
+def read_csv(file: Path) -> Iterator[Row]:
+    """The rows of a .csv or .tsv file with a header."""
+    csv.field_size_limit(2**31 - 1)
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        records = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+        yield from rows_of((without_nulls({k: read_cell(v) for k, v in r.items() if k}) for r in records), file)
+
+
+READERS = {".json": read_list, ".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv}
+
+
+def read_rows(
+    path: str | Path,  # a .jsonl file; or .json, .parquet, .csv, .tsv
+) -> Iterator[Row]:
+    """The rows of a file, one at a time."""
+    file = Path(path)
+    with open(file, "rb") as start: mark = start.read(2)
+    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        error = RowError("not_json", "the file is UTF-16, as some Windows programs write it; save it as UTF-8")
+        return iter([Row(None, file, 1, mark, error)])
+    return READERS.get(file.suffix.lower(), read_lines)(file)

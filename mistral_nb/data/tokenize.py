@@ -164,8 +164,8 @@ class Remembering:
     def learn(self, word: str) -> None:
         """Remember the ids of a word, and forget all when there are too many."""
         if len(self.words) >= 200_000: self.words.clear()
-        first_space, line_break, *ids = self.base.encode("\n" + word, bos=False, eos=False)
-        self.words[word] = tuple(ids)
+        ids = self.base.encode("\n" + word, bos=False, eos=False)
+        self.words[word] = tuple(ids[2:])  # without the space before every text, and the line break
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         """The ids of a text, in a list of its own."""
