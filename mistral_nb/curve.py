@@ -119,8 +119,8 @@ def curve_svg(
     title: str = "", # head line
     note: str = "", # foot line, right
     x_label: str = "step",
-    width: int = 620, # pixels
-    height: int = 280,
+    width: int = 560, # pixels; fits beside a file browser
+    height: int = 260,
 ) -> str: # an <svg> element
     "Lines as one SVG element: white card, round ticks, last values named; all text escaped."
     f = frame_of(series, width, height)
@@ -136,7 +136,7 @@ def curve_svg(
 def curve_figure(series: Series, title: str = "", x_label: str = "step") -> Any: # matplotlib.figure.Figure
     "The same lines as a matplotlib `Figure`, without pyplot."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.2, 2.8), dpi=100, layout="constrained")
+    fig = Figure(figsize=(5.6, 2.6), dpi=100, layout="constrained")
     ax = fig.subplots()
     for i, (name, line) in enumerate(series.items()):
         x, y = zip(*thin(line)) if line else ((), ())

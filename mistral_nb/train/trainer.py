@@ -273,7 +273,7 @@ def opening(job: Job) -> list[str]:
     "What a run says before its first step."
     cfg, trained = job.cfg, sum(p.numel() for p in job.updater.params)
     total  = sum(p.numel() for p in job.model.parameters())
-    epochs = ", ".join(f"{n:.2g}" for n in job.loader.epochs(cfg.max_steps))
+    epochs = ", ".join(f"{n:,.0f}" if n >= 10 else f"{n:.2g}" for n in job.loader.epochs(cfg.max_steps))
     tokens = world_size() * cfg.num_microbatches * cfg.batch_size * cfg.seq_len
     return [f"training {trained:,} of {total:,} weights ({trained / total:.1%}) on {device_name(job.device)} "
             f"in {str(job.dtype).removeprefix('torch.')}; {use_fast_float32(job.device)}",
