@@ -371,7 +371,7 @@ def test_a_bare_file_is_known_by_its_bytes(tmp_path):
 # ---- words seen before
 
 letters = st.sampled_from(" ▁\n\r\tab.é½ﬁＡ你🙂\u0301\u200b\u2028\x00<>s/[INST]")
-awkward = st.text(st.one_of(letters, st.characters()), max_size=60)
+awkward = st.text(st.one_of(letters, st.characters(exclude_categories=["Cs"])), max_size=60)
 
 
 @settings(max_examples=80, deadline=None)
@@ -397,7 +397,7 @@ def test_remembered_words_on_real_text(tokenizers, shared):
 def test_a_vocabulary_that_breaks_the_rule_is_not_remembered_by_words(tokenizers):
     class Joining:
         """Writes `a b` as one piece."""
-        _model, bos_id, eos_id = None, 1, 2
+        bos_id, eos_id = 1, 2
         def __init__(self, pieces): self.pieces = pieces
         def vocab(self): return self.pieces
         def encode(self, text, bos, eos): return [len(text)]

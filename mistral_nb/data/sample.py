@@ -31,8 +31,8 @@ __all__ = ['CODES', 'TYPES', 'SCHEMAS', 'NAMED_SCHEMAS', 'OUR_ID', 'FOREIGN_ID',
            'parse_call', 'parse_calls', 'parse_system', 'parse_user', 'parse_result', 'needed_content',
            'parse_assistant', 'checked_weight', 'checked_role', 'parse_message', 'Text', 'Conversation', 'calls_of',
            'check_ends', 'check_links', 'check_answered', 'check_neighbours', 'check_template', 'culprit',
-           'check_rules', 'parse_messages', 'parse_chat', 'parse_text', 'check_kind', 'parse_row', 'RowWarning',
-           'plain_text', 'schema_checker', 'review_call', 'review', 'message_row', 'as_row']
+           'check_rules', 'parse_messages', 'parse_chat', 'parse_text', 'check_kind', 'KindError', 'parse_row',
+           'RowWarning', 'plain_text', 'schema_checker', 'review_call', 'review', 'message_row', 'as_row']
 
 # %% ../../nbs/10_data.sample.ipynb #419b085e
 CODES = {
@@ -231,7 +231,7 @@ def checked_arguments(value: Any, field: str) -> str:
         parsed = json.loads(text, parse_constant=no_json)
         checked_text(json.dumps(parsed, ensure_ascii=False, allow_nan=False), field, "arguments")
     except RowError: raise
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RowError("bad_arguments", "arguments must be a JSON object in a string such as '{\"city\": \"Paris\"}', "
                        f"received {described(value)} ({str(e)[:80]})", field) from None
     if isinstance(parsed, dict): return text
@@ -498,12 +498,18 @@ def check_kind(row: dict, kind: str) -> None:
         raise RowError("wrong_kind", "expected a text, received a chat; name its file under data.instruct_data", "text")
 
 
+class KindError(ValueError):
+    """A kind of data that there is not."""
+
+
 def parse_row(
     row: Any,  # a value of JSON
     kind: str,  # "instruct" or "pretrain"
     version: str | None = None,  # tokenizer version whose rules hold, such as "v3"; None: those of v7
 ) -> Conversation | Text:
     """One JSON value as a checked `Conversation` or `Text`; every fault is a `RowError`."""
+    if kind not in ("instruct", "pretrain"):
+        raise KindError(f"kind must be 'instruct' or 'pretrain', received {kind!r}")
     try:
         check_kind(expect_object(row, "", "a row"), kind)
         return parse_text(row) if kind == "pretrain" else parse_chat(row, version)

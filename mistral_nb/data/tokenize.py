@@ -26,12 +26,15 @@ from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
 from mistral_common.protocol.instruct.messages import SystemMessage
 from mistral_common.protocol.instruct.messages import ToolMessage
 from mistral_common.protocol.instruct.messages import UserMessage
+from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.request import InstructRequest
 from mistral_common.protocol.instruct.tool_calls import ToolCall
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from .sample import Conversation
+from .sample import KindError
 from .sample import RowError
 from .sample import Text
 from .sample import check_template
@@ -127,8 +130,8 @@ def end_id(tokenizer: MistralTokenizer) -> int:
 def normalizer_of(tokenizer: MistralTokenizer):
     """mistral-common's normalizer for `tokenizer`, made anew with the message class that has a weight."""
     builder = tokenizer.instruct_tokenizer.tokenizer.model_settings_builder
-    return type(tokenizer._instruct_request_normalizer)(
-        UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, InstructRequest, builder)
+    kind = type(get_normalizer(TokenizerVersion(version_of(tokenizer)), builder))
+    return kind(UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, InstructRequest, builder)
 
 
 def normalized(chat: Conversation, tokenizer: MistralTokenizer) -> InstructRequest:
@@ -147,7 +150,7 @@ class Remembering:
     def __init__(self, base: Any):
         self.base, self.words = base, {}
         self.recent = lru_cache(maxsize=256)(self.text_ids)
-        self.by_words = hasattr(base, "_model") and all(WORD.fullmatch(p) for p in set(base.vocab()) - {""})
+        self.by_words = all(WORD.fullmatch(piece) for piece in base.vocab() if piece)
         if self.by_words: self.by_words = self.text_ids(PROBE) == base.encode(PROBE, bos=False, eos=False)
 
     def __getattr__(self, name: str) -> Any: return getattr(self.base, name)
@@ -329,7 +332,7 @@ def text_sample(text: Text, tokenizer: MistralTokenizer) -> TokenSample:
 def as_row_error() -> Iterator[None]:
     """Whatever fails inside becomes a `RowError`."""
     try: yield
-    except RowError: raise
+    except (RowError, KindError): raise
     except Exception as e:
         raise RowError("tokenizer_refuses", f"mistral-common cannot write this row: {reason(e)}") from e
 
@@ -349,7 +352,7 @@ def encode(
 ) -> TokenSample:
     """One row as one sample, the whole of it in one piece."""
     with as_row_error():
-        if kind == "pretrain": return text_sample(parse_row(row, kind), tokenizer)
+        if kind != "instruct": return text_sample(parse_row(row, kind), tokenizer)
         writer, answers, only_last = open_row(row, tokenizer)
         stop = len(writer.request.messages)
         return sample(writer, stop, set(answers) & {stop - 1} if only_last else set(answers))
@@ -363,7 +366,7 @@ def encode_all(
     dynamic_chunk_fn_call: bool = True,  # where only the last answer is trained, make samples of the earlier ones too
 ) -> list[TokenSample]:
     """All the samples that a row gives to training; with exact context none when it trains nothing."""
-    if kind == "pretrain": return [encode(row, tokenizer, kind)]
+    if kind != "instruct": return [encode(row, tokenizer, kind)]
     with as_row_error():
         writer, answers, only_last = open_row(row, tokenizer)
         stop = len(writer.request.messages)
