@@ -65,10 +65,11 @@ class Updater:
         max_norm: float, # gradients are clipped to this norm
         dtype: torch.dtype = torch.float32, # what the network computes in; float16 gets a scaled loss
     ):
-        self.optimizer, self.max_norm = optimizer, max_norm
+        self.optimizer, self.max_norm, self.dtype = optimizer, max_norm, dtype
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.params[0].device.type, enabled=dtype == torch.float16)
         self.skipped, self.skipped_in_a_row = 0, 0
+        self.whole = True # no update was broken off in the middle
 
     @property
     def scaled(self) -> bool:
@@ -88,8 +89,10 @@ class Updater:
         "Update the weights if `norm` is finite; forget the gradients either way."
         finite = math.isfinite(norm)
         if finite:
+            self.whole = False
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.whole = True
         elif self.scaled: self.scaler.update(self.scaler.get_scale() / 2)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1

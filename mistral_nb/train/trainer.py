@@ -67,7 +67,7 @@ from ..weights.checkpoint import save_merged
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'train_step', 'seed_step', 'Interrupt', 'TrainingError', 'check_step', 'Job', 'prepare',
-           'model_folder', 'due', 'loop', 'held_out_loss', 'save', 'run_job', 'opening', 'closing', 'fit',
+           'model_folder', 'due', 'loop', 'held_out_loss', 'save', 'run_job', 'rescue', 'opening', 'closing', 'fit',
            'untouched_torch', 'reported']
 
 # %% ../../nbs/46_train.trainer.ipynb #fbd27bee
@@ -143,9 +143,9 @@ def _explain(step: int, what: str, value: float, batches: Sequence[Batch], updat
              norms: Iterable[float]) -> str:
     "The message of a step that broke."
     before = ", ".join(f"{n:.3g}" for n in norms) or "none: it is the first"
-    first = "the weights of the model itself may hold it: look at the first rows with `generate`, or load it in float32"
-    tries = ["a lower `optim.lr`, such as a third", "`dtype: float32`, or bfloat16 instead of float16",
-             "a look at these rows: an empty, endless or garbled text?", *([first] if step == 1 else [])]
+    first = "the model itself: does it answer with `generate`, before any training?"
+    tries = ["a lower `optim.lr`, such as a third", "a look at these rows: an empty, endless or garbled text?",
+             *(["`dtype: float32`"] if updater.dtype != torch.float32 else []), *([first] if step == 1 else [])]
     return (f"step {step}: the {what} is {value}; no weight was updated with it.\n"
             f"  learning rate    {current_lr(updater.optimizer):.3g}\n"
             f"  gradient norms   of the steps before: {before}\n"
@@ -251,12 +251,19 @@ def run_job(job: Job, log: Log, stop: Interrupt) -> tuple[str, int]: # state, st
         for step in loop(job, log, stop):
             if not cfg.no_ckpt and cfg.ckpt_freq and step % cfg.ckpt_freq == 0: save(job, step); saved = step
     except (torch.OutOfMemoryError, MemoryError) as e:
-        raise TrainingError(_out_of_memory(cfg, e)) from e
-    except TrainingError as e:
-        if saved or cfg.no_ckpt or not step or not _finite(job.updater.params): raise
-        raise TrainingError(f"{e}\n  last good weights {save(job, step)}") from None
+        raise TrainingError(_out_of_memory(cfg, e) + rescue(job, step, saved)) from e
+    except TrainingError as e: raise TrainingError(f"{e}{rescue(job, step, saved)}") from None
+    except Exception as e:
+        if note := rescue(job, step, saved): e.add_note(note)
+        raise
     if step > saved and not cfg.no_ckpt: save(job, step)
     return ("finished" if step == cfg.max_steps else "interrupted"), step
+
+def rescue(job: Job, step: int, saved: int) -> str: # saved: step of the newest checkpoint, 0 for none
+    "Save the last good weights of a run that broke, if there is no checkpoint yet; says where."
+    if saved or not step or job.cfg.no_ckpt or not job.updater.whole or not _finite(job.updater.params): return ""
+    try: return f"\n  last good weights {save(job, step)}"
+    except Exception as e: return f"\n  last good weights could not be saved: {e}"
 
 def _out_of_memory(cfg: TrainConfig, error: BaseException) -> str:
     "What to lower."
