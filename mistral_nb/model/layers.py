@@ -23,7 +23,7 @@ from .rope import query_table
 from .rope import rope_table
 
 # %% auto #0
-__all__ = ['Linear', 'Normalize', 'RMSNorm', 'Gate', 'FeedForward', 'Place', 'Attention']
+__all__ = ['Linear', 'Normalize', 'RMSNorm', 'Gate', 'FeedForward', 'Place', 'Attention', 'pick']
 
 # %% ../../nbs/23_model.layers.ipynb #3f9eb1e8
 class Linear(nn.Linear):
@@ -69,6 +69,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:  # [T, dim] -> [T, dim]
+        if x.is_cuda: return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one kernel there
         return Normalize.apply(x, self.weight, self.eps)
 
 # %% ../../nbs/23_model.layers.ipynb #8dc647f2
@@ -137,9 +138,17 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, dtype)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, dtype)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:  # [T, dim] -> [T, dim]
+    def forward(self, x: Tensor, place: Place, rows: Tensor | None = None) -> Tensor:  # -> [T or len(rows), dim]
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, place.queries), apply_rope(k, place.keys)
         if place.cache is None: out = packed_attention(q, k, v, place.seqlens, self.window)
         else: out = place.cache.attend(self.layer, q, k, v, place.seqlens, self.window)
-        return self.wo(out.flatten(1))
+        return self.wo(pick(out.flatten(1), rows))
+
+
+def pick(
+    x: Tensor,                   # [T, dim]
+    rows: Tensor | None = None,  # int64 [n]; None = all
+) -> Tensor:  # [n, dim]
+    """`rows` of `x`."""
+    return x if rows is None else x.index_select(0, rows)

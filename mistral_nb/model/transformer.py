@@ -18,6 +18,7 @@ from .layers import FeedForward
 from .layers import Linear
 from .layers import Place
 from .layers import RMSNorm
+from .layers import pick
 from .moe import MoE
 
 # %% auto #0
@@ -34,8 +35,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, dtype)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, dtype)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:  # [T, dim] -> [T, dim]
-        h = x + self.attention(self.attention_norm(x), place)
+    def forward(self, x: Tensor, place: Place, rows: Tensor | None = None) -> Tensor:  # -> [T or len(rows), dim]
+        h = pick(x, rows) + self.attention(self.attention_norm(x), place, rows)
         return h + self.feed_forward(self.ffn_norm(h))
 
 # %% ../../nbs/25_model.transformer.ipynb #f6de22f9
@@ -60,14 +61,17 @@ class Transformer(nn.Module):
         input_ids: Tensor,             # int64 [T]
         seqlens: list[int],            # tokens of each segment; sums to T
         cache: KVCache | None = None,  # what came before; the new tokens are added to it
-    ) -> Tensor:  # hidden states after the last norm [T, dim]
+        wanted: Tensor | None = None,  # bool [T]: tokens whose hidden states are asked for; None = all
+    ) -> Tensor:  # hidden states after the last norm [T or wanted.sum(), dim]
         """Run the blocks over all segments at once."""
         check_input(input_ids, seqlens, self.args.vocab_size)
         place = Place.of(self.args, seqlens, cache, input_ids.device)
         h = self.tok_embeddings(input_ids).to(self.dtype)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
         options = {"use_reentrant": False, "preserve_rng_state": again and draws_numbers(self)}
-        for layer in self.layers: h = checkpoint(layer, h, place, **options) if again else layer(h, place)
+        rows = [None] * (len(self.layers) - 1) + [wanted if wanted is None else wanted.nonzero()[:, 0]]
+        for layer, r in zip(self.layers, rows):
+            h = checkpoint(layer, h, place, r, **options) if again else layer(h, place, r)
         if cache is not None: cache.advance(seqlens)
         return self.norm(h)
 
