@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mistral_nb.config import LoraConfig
 from mistral_nb.model.args import ModelArgs
-from mistral_nb.model.transformer import Transformer
+from mistral_nb.model.lora import add_lora
+from mistral_nb.model.transformer import Transformer, checkpoint_blocks
 
 
 @pytest.fixture(params=["dense", "moe"])
@@ -46,3 +48,17 @@ def test_loss(golden):
     mask = torch.tensor(want["mask"], dtype=torch.bool)
     loss = torch.nn.functional.cross_entropy(logits[mask], torch.tensor(want["targets"])[mask])
     assert loss.item() == pytest.approx(want["loss"], rel=1e-6)
+
+
+def test_checkpointing_repeats_the_same_dropout(golden):
+    model, _, want = golden
+    add_lora(model, LoraConfig(rank=4, dropout=0.5), seed=3).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(len(name)))
+    def gradients(on):
+        checkpoint_blocks(model, on).zero_grad()
+        torch.manual_seed(7)
+        model(torch.tensor(want["input_ids"]), want["seqlens"]).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    kept, again, repeated = gradients(False), gradients(True), gradients(True)
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(kept, again, repeated))

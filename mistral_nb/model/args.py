@@ -69,7 +69,7 @@ class ModelArgs:
     sliding_window: int | tuple[int | None, ...] | None = None  # keys a query sees, or a pattern of them over layers
     yarn: YarnArgs | None = None                            # stretched rope
     llama_4_scaling: QueryScaling | None = None             # queries that grow with position
-    left_out: tuple[str, ...] = ()                          # parts of the checkpoint that are not text, so not loaded
+    left_out: tuple[str, ...] = field(default=(), compare=False)           # parts that are not text, so not loaded
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)  # other keys, kept but without effect
 
     def window(self, layer: int) -> int | None:
@@ -104,7 +104,7 @@ class ModelArgs:
 # %% ../../nbs/20_model.args.ipynb #f77c9555
 def read_int(name: str, value: Any) -> int:
     """A whole number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 2 ** 63 or value % 1:
         raise ArgsError(f"params.json: `{name}` must be a whole number above 0, received {value!r}. "
                         "Take the file again from the model's repository.")
     return int(value)
@@ -112,7 +112,7 @@ def read_int(name: str, value: Any) -> int:
 
 def read_float(name: str, value: Any) -> float:
     """A number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
         raise ArgsError(f"params.json: `{name}` must be a number above 0, received {value!r}. "
                         "Take the file again from the model's repository.")
     return float(value)
@@ -230,5 +230,5 @@ def read_params(folder: Path) -> dict[str, Any]:
                 "params.json and the tokenizer file from the same repository.")
         if not (folder / "config.json").is_file(): hint = "Expected a folder with a model in Mistral's format."
         raise ArgsError(f"{folder} has no params.json. {hint}")
-    try: return json.loads(path.read_text(encoding="utf-8"))
+    try: return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as e: raise ArgsError(f"{path} is no valid JSON ({e}). Download it again.") from e
