@@ -82,26 +82,28 @@ class HeadLoss(torch.autograd.Function):
 
 # %% ../../nbs/28_model.loss.ipynb #8b211b26
 def masked_cross_entropy(
-    hidden: Tensor,             # hidden states [T, dim]
+    hidden: Tensor,             # hidden states [T, dim], or those of the trained tokens only [mask.sum(), dim]
     weight: Tensor,             # output weight [vocab, dim]
     targets: Tensor,            # the next token of each position, int64 [T]
     mask: Tensor,               # where a token is trained, bool [T]
     chunk: int | None = None,   # rows of logits at a time; None = what suits the device
 ) -> Tensor:  # scalar, float32 (float64 for float64 input)
     """Summed cross-entropy of the trained tokens, in nats."""
-    check_inputs(hidden, weight, targets, mask)
     rows = mask.nonzero()[:, 0]
+    check_inputs(hidden, weight, targets, mask, len(rows))
+    if len(hidden) != len(rows): hidden = hidden.index_select(0, rows)
     targets = targets[rows]
     check_targets(targets, len(weight))
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     chunk = chunk or CHUNK["cpu" if hidden.is_cpu else "other"]
-    return HeadLoss.apply(hidden.index_select(0, rows), weight, targets, chunk, wanted)
+    return HeadLoss.apply(hidden, weight, targets, chunk, wanted)
 
 
-def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> None:
+def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, trained: int) -> None:
     """Raise `ValueError` if the four do not fit together."""
     h, w, t, m = (list(x.shape) for x in (hidden, weight, targets, mask))
-    if len(h) == len(w) == 2 and h[1] == w[1] and t == m == h[:1] and mask.dtype == torch.bool: return
+    fit = len(h) == len(w) == 2 and h[1] == w[1] and t == m and h[0] in (m[0], trained)
+    if fit and mask.dtype == torch.bool: return
     raise ValueError("the loss needs hidden [T, dim], weight [vocab, dim], targets [T] and a bool mask [T]; received "
                      f"hidden {h}, weight {w}, targets {t}, mask {m} of {mask.dtype}. Flatten a batch to one row.")
 
