@@ -217,7 +217,8 @@ def merged_weight(
     scaling: float,
 ) -> Tensor:  # [dim_out, dim_in], in the dtype of w
     """W + scaling · B A."""
-    return torch.addmm(wide(w), wide(b), wide(a), alpha=scaling).to(w.dtype)
+    start = wide(w)
+    return torch.addmm(start, b.to(start.dtype), a.to(start.dtype), alpha=scaling).to(w.dtype)
 
 
 def merged_state(
