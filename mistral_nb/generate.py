@@ -36,9 +36,8 @@ def next_logits(
 ) -> Tensor:  # float32 [num_seqs, vocab_size]
     "How likely each next token is, for each sequence."
     flat = torch.tensor([i for row in ids for i in row], device=model.output_weight.device)
-    seqlens = [len(row) for row in ids]
-    ends = torch.tensor(seqlens).cumsum(0) - 1
-    return model.logits(model(flat, seqlens, cache)[ends.to(flat.device)]).float()
+    last = torch.tensor([i == len(row) for row in ids for i in range(1, len(row) + 1)], device=flat.device)
+    return model.logits(model(flat, [len(row) for row in ids], cache, wanted=last)).float()
 
 # %% ../nbs/50_generate.ipynb #62574f21
 def probabilities(
