@@ -44,7 +44,7 @@ def evaluate(
     try:
         for batch in batches:
             b = batch.to(device)
-            hidden  = model(b.input_ids, b.seqlens)
+            hidden  = model(b.input_ids, b.seqlens, wanted=b.mask)
             total  += masked_cross_entropy(hidden, model.output_weight, b.targets, b.mask)
             tokens += batch.num_trained
     finally: model.train(was_training)

@@ -81,7 +81,7 @@ def train_step(
     loss    = torch.zeros((), device=model.output_weight.device)
     for batch in batches:
         batch  = batch.to(loss.device)
-        hidden = model(batch.input_ids, batch.seqlens)
+        hidden = model(batch.input_ids, batch.seqlens, wanted=batch.mask)
         part   = masked_cross_entropy(hidden, model.output_weight, batch.targets, batch.mask) / trained
         updater.backward(part)
         loss += part.detach()
