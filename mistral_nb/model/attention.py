@@ -99,9 +99,10 @@ class BlockAttention(torch.autograd.Function):
     """Attention in blocks of rows; keeps q, k and v only."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], known: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.blocks = blocks
+        if known is not None: return known
         group, folded, scaled, v = q.shape[1] // k.shape[1], *folded_inputs(q, k, v)
         out = torch.empty_like(folded)
         for block in blocks:
@@ -112,7 +113,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
         length, group, scale = len(q), q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
         grad, (q, scaled, v), k = fold(grad, k.shape[1]), folded_inputs(q, k, v), k.transpose(0, 1)
@@ -126,7 +127,7 @@ class BlockAttention(torch.autograd.Function):
             dq[:, rows] = torch.bmm(dscores, k[:, keys])
             dk[:, keys] += torch.bmm(dscores.transpose(1, 2), q[:, rows])
         dk, dv = (x.transpose(0, 1).to(q.dtype) for x in (dk.mul_(scale), dv))
-        return unfold(dq.mul_(scale), length), dk, dv, None
+        return unfold(dq.mul_(scale), length), dk, dv, None, None
 
 
 def folded_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,15 +140,19 @@ BLOCK_ROWS, BLOCK_ENTRIES = 64, 2 ** 24
 
 def blocks_attention(
     q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None,
+    memo: list[Tensor] | None = None,
 ) -> Tensor:  # [T, heads, head_dim]
     """`packed_attention` in blocks of rows, on any device."""
     widest = min(max(keylens), (window or max(keylens)) + BLOCK_ROWS)
     rows = max(1, min(BLOCK_ROWS, BLOCK_ENTRIES // (widest * q.shape[1])))
-    return BlockAttention.apply(q, k, v, list(plan_blocks(seqlens, keylens, window, rows)))
+    known = memo.pop() if memo else None
+    out = BlockAttention.apply(q, k, v, list(plan_blocks(seqlens, keylens, window, rows)), known)
+    if memo is not None and known is None: memo.append(out.detach())
+    return out
 
 # %% ../../nbs/22_model.attention.ipynb #7658c091
 def segments_attention(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None,
+    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None, memo: Any = None,
 ) -> Tensor:  # [T, heads, head_dim]
     """`packed_attention` with one call of torch's fused kernel a segment."""
     parts = zip(q.split(seqlens), k.split(keylens), v.split(keylens))
@@ -170,7 +175,7 @@ def offsets(lens: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None,
+    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], keylens: list[int], window: int | None, memo: Any = None,
 ) -> Tensor:  # [T, heads, head_dim]
     """`packed_attention` in one call of torch's kernel for packed batches; for float16 and bfloat16."""
     from torch.nn.attention.varlen import varlen_attn
@@ -228,11 +233,12 @@ def packed_attention(
     window: int | None = None,         # keys a query sees, its own included; None = all before it
     backend: str | None = None,        # one of `backends(device)`; None = the first
     keylens: list[int] | None = None,  # keys of each segment, if it has earlier ones than its queries; sums to S
+    memo: list[Tensor] | None = None,  # empty in the first of two equal calls, and then holds what the second can use
 ) -> Tensor:  # [T, heads, head_dim]
     """Causal attention of each segment with itself alone."""
     keylens = keylens or seqlens
     check_lengths(q, k, seqlens, keylens)
-    return ROADS[backend or backends(q.device)[0]](q, k, v, seqlens, keylens, window)
+    return ROADS[backend or backends(q.device)[0]](q, k, v, seqlens, keylens, window, memo)
 
 
 def check_lengths(q: Tensor, k: Tensor, seqlens: list[int], keylens: list[int]) -> None:

@@ -103,11 +103,13 @@ class FeedForward(nn.Module):
 # %% ../../nbs/23_model.layers.ipynb #1f0fed92
 @dataclass(frozen=True)
 class Place:
-    """Where the tokens of a batch stand; one object for all blocks."""
+    """Where the tokens of a batch stand, and what is wanted of them."""
     seqlens: list[int]       # new tokens of each segment
     queries: Tensor          # rope table of the queries, complex64 [T, head_dim / 2]
     keys: Tensor             # rope table of the keys
-    cache: KVCache | None
+    cache: KVCache | None = None
+    rows: Tensor | None = None         # tokens that are wanted after attention, int64 [n]; None = all
+    memo: list[Tensor] | None = None   # for a block that runs twice: what the second run takes from the first
 
     @classmethod
     def of(
@@ -138,12 +140,12 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, dtype)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, dtype)
 
-    def forward(self, x: Tensor, place: Place, rows: Tensor | None = None) -> Tensor:  # -> [T or len(rows), dim]
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # [T, dim] -> [T or len(place.rows), dim]
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, place.queries), apply_rope(k, place.keys)
-        if place.cache is None: out = packed_attention(q, k, v, place.seqlens, self.window)
+        if place.cache is None: out = packed_attention(q, k, v, place.seqlens, self.window, memo=place.memo)
         else: out = place.cache.attend(self.layer, q, k, v, place.seqlens, self.window)
-        return self.wo(pick(out.flatten(1), rows))
+        return self.wo(pick(out.flatten(1), place.rows))
 
 
 def pick(

@@ -5,6 +5,8 @@
 # %% ../../nbs/25_model.transformer.ipynb #e9d2bc34
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,8 +37,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, dtype)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, dtype)
 
-    def forward(self, x: Tensor, place: Place, rows: Tensor | None = None) -> Tensor:  # -> [T or len(rows), dim]
-        h = pick(x, rows) + self.attention(self.attention_norm(x), place, rows)
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # [T, dim] -> [T or len(place.rows), dim]
+        h = pick(x, place.rows) + self.attention(self.attention_norm(x), place)
         return h + self.feed_forward(self.ffn_norm(h))
 
 # %% ../../nbs/25_model.transformer.ipynb #f6de22f9
@@ -69,9 +71,10 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(input_ids).to(self.dtype)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
         options = {"use_reentrant": False, "preserve_rng_state": again and draws_numbers(self)}
-        rows = [None] * (len(self.layers) - 1) + [wanted if wanted is None else wanted.nonzero()[:, 0]]
-        for layer, r in zip(self.layers, rows):
-            h = checkpoint(layer, h, place, r, **options) if again else layer(h, place, r)
+        for layer in self.layers:
+            rows = wanted.nonzero()[:, 0] if wanted is not None and layer is self.layers[-1] else None
+            own = replace(place, rows=rows, memo=[] if again else None)
+            h = checkpoint(layer, h, own, **options) if again else layer(h, own)
         if cache is not None: cache.advance(seqlens)
         return self.norm(h)
 
