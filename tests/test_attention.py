@@ -132,26 +132,29 @@ def test_wrong_lengths_are_named(seqlens, keylens):
 
 # The kernel for packed batches needs a card that is not here: its stand-in has the same signature.
 
-def fake_varlen(monkeypatch, error=0.0, grouped=True):
+def fake_varlen(monkeypatch, error=0.0, newer=True):
     """Put a module with `varlen_attn` where torch has it."""
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-        assert cu_seq_q.dtype == torch.int32 and enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
+        assert cu_seq_q.dtype == torch.int32 and window_size[1] == 0 and (enable_gqa or not newer)
         lens = cu_seq_q.diff().tolist()
         assert max_q == max_k == max(lens)
         window = None if window_size[0] < 0 else window_size[0] + 1
         return dense(query, key, value, visible(lens, lens, window)) * (1 + error)
     module = ModuleType("torch.nn.attention.varlen")
     module.varlen_attn = varlen_attn
+    if not newer: module.varlen_attn = lambda *args, window_size: varlen_attn(*args, window_size=window_size)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
 
 
+@pytest.mark.parametrize("newer", [True, False])
 @pytest.mark.parametrize("window", [None, 20])
-def test_the_packed_kernel_is_called_as_it_wants(monkeypatch, window):
-    fake_varlen(monkeypatch)
+def test_the_packed_kernel_is_called_as_it_wants(monkeypatch, window, newer):
+    fake_varlen(monkeypatch, newer=newer)
     inputs = draw([33, 1, 66], dtype=torch.float16)
     out = packed_attention(*inputs, [33, 1, 66], window, "varlen")
     assert relative(out, dense(*(x.double() for x in inputs), visible([33, 1, 66], [33, 1, 66], window))) < 2e-3
-    assert attention.difference(torch.device("cpu"), torch.float16, window) < 0.02
+    with torch.inference_mode():  # whoever asks first
+        assert attention.difference(torch.device("cpu"), torch.float16, window) < 0.02
     full = draw([33, 1, 66])  # float32, for which the kernel is not made
     torch.testing.assert_close(packed_attention(*full, [33, 1, 66], window, "varlen"),
                                packed_attention(*full, [33, 1, 66], window, "segments"))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from functools import cache
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 from typing import NamedTuple
 
@@ -169,6 +170,7 @@ def one_segment(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 # %% ../../nbs/22_model.attention.ipynb #5ec58299
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # whoever asks first, training may be next
 def offsets(lens: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each segment starts, and the end of the last: int32 [segments + 1]."""
     return F.pad(torch.tensor(lens).cumsum(0), (1, 0)).to(device, torch.int32)
@@ -182,10 +184,12 @@ def varlen_attention(
     if seqlens != keylens or q.dtype not in (torch.float16, torch.bfloat16):
         return segments_attention(q, k, v, seqlens, keylens, window)
     ends, longest, back = offsets(tuple(seqlens), q.device), max(seqlens), -1 if window is None else window - 1
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(back, 0), **grouped)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def difference(device: torch.device, dtype: torch.dtype, window: int | None) -> float:
     """How far `varlen` is from `segments`: output and gradients of a small batch, relative."""
     draw = torch.Generator().manual_seed(0)
