@@ -1,8 +1,12 @@
 """What several tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Two test processes share two cores: one thread each, before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
