@@ -23,14 +23,15 @@ from .model.lora import adapters_off
 from .model.transformer import Transformer
 from .run import Run
 from .run import train
+from .train.trainer import TrainingError
 from .weights.checkpoint import load_model
 
 # %% auto #0
 __all__ = ['Batch', 'ConfigError', 'LoraConfig', 'ModelArgs', 'Report', 'Run', 'TokenSample', 'TrainConfig', 'TrainLoader',
-           'Transformer', 'adapters_off', 'convert', 'demo_config', 'encode', 'generate', 'load_model',
+           'TrainingError', 'Transformer', 'adapters_off', 'convert', 'demo_config', 'encode', 'generate', 'load_model',
            'load_tokenizer', 'run_demo', 'train', 'validate']
 
 # %% ../nbs/79_all.ipynb #25af5a19
-_all_ = ["Batch", "ConfigError", "LoraConfig", "ModelArgs", "Report", "Run", "TokenSample", "TrainConfig", "TrainLoader",
-         "Transformer", "adapters_off", "convert", "demo_config", "encode", "generate", "load_model", "load_tokenizer",
-         "run_demo", "train", "validate"]
+_all_ = ["Batch", "ConfigError", "LoraConfig", "ModelArgs", "Report", "Run", "TokenSample", "TrainConfig",
+         "TrainLoader", "TrainingError", "Transformer", "adapters_off", "convert", "demo_config", "encode", "generate",
+         "load_model", "load_tokenizer", "run_demo", "train", "validate"]
