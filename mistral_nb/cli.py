@@ -77,7 +77,7 @@ def validate(words: argparse.Namespace) -> int:
 def _chat_words(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", help="a run folder, or the folder of a model")
     p.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: 256)")
-    p.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: always the likeliest token (default: 0.7)")
+    p.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: the likeliest token (default: 0.7)")
     p.add_argument("--base", action="store_true", help="leave the run's adapters out")
 
 @command("mistral-nb chat demo_run --temperature 0\n  echo 'What is 2 + 3?' | mistral-nb chat demo_run", _chat_words)
