@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mistral_nb.config import LoraConfig
 
 # %% auto #0
-__all__ = ['ADAPTED', 'Remember', 'Product', 'adapted_linear', 'Adapter', 'AdaptedLinear', 'add_lora', 'adapters', 'set_adapters',
-           'adapters_off', 'lora_state_dict', 'load_lora_state', 'check_names', 'check_shape', 'merged_weight',
-           'merged_state']
+__all__ = ['ADAPTED', 'Remember', 'product', 'Product', 'adapted_linear', 'Adapter', 'AdaptedLinear', 'add_lora', 'adapters',
+           'set_adapters', 'adapters_off', 'lora_state_dict', 'load_lora_state', 'check_names', 'check_shape',
+           'merged_weight', 'merged_state']
 
 # %% ../../nbs/26_model.lora.ipynb #9762c3d9
 class Remember(torch.autograd.Function):
@@ -59,12 +59,17 @@ class Remember(torch.autograd.Function):
         return dx if dx is None else dx.addmm_(up, a), None, None, da, db, None
 
 
+def product(x: Tensor, low: Tensor, w: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W x + scaling · B low."""
+    return F.linear(x, w).addmm_(low, b.T, alpha=scaling)
+
+
 class Product(torch.autograd.Function):
-    """W x + scaling · B (A x); its gradient goes to the door."""
+    """`product` whose gradient goes to the door."""
 
     @staticmethod
-    def forward(ctx: Any, door: Tensor, x: Tensor, low: Tensor, w: Tensor, b: Tensor, scaling: float) -> Tensor:
-        return F.linear(x, w).addmm_(low, b.T, alpha=scaling)
+    def forward(ctx: Any, door: Tensor, *args: Any) -> Tensor:
+        return product(*args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,6 +87,7 @@ def adapted_linear(
     """y = W x + scaling · B A dropout(x)."""
     w, a, b = (m.to(x.dtype) for m in (w, a, b))
     dropped = F.dropout(x, dropout) if dropout else None
+    if not torch.is_grad_enabled(): return product(x, (x if dropped is None else dropped) @ a.T, w, b, scaling)
     door, low = Remember.apply(x, dropped, w, a, b, scaling)
     return Product.apply(door, x.detach(), low, w, b.detach(), scaling)
 
