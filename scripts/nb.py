@@ -72,6 +72,17 @@ def tidy(nb: Path) -> None:
     write(book, nb)
 
 
+PATHS = [(re.compile(re.escape(str(ROOT)) + r"(/\.venv/lib/python[\d.]+/site-packages)?"), "…"),
+         (re.compile(r"/tmp/ipykernel_\d+/\d+\.py"), "<cell>"), (re.compile(r"/tmp/tmp[a-z0-9_]+"), "/tmp/…")]
+
+
+def without_paths(out: nbformat.NotebookNode) -> None:
+    """Leave out of an output where this machine keeps things."""
+    texts = [(out, "text")] if "text" in out else [(out.data, k) for k in out.get("data", {}) if k.startswith("text/")]
+    for owner, key in texts:
+        for path, short in PATHS: owner[key] = path.sub(short, owner[key])
+
+
 def write(book: nbformat.NotebookNode, nb: Path) -> None:
     """Save as nbdev_clean would: no counts, no run-time metadata, sorted keys."""
     for cell in book.cells:
@@ -79,6 +90,7 @@ def write(book: nbformat.NotebookNode, nb: Path) -> None:
         if cell.cell_type != "code": continue
         cell.execution_count = None
         for out in cell.outputs:
+            without_paths(out)
             if "execution_count" in out: out.execution_count = None
             if "metadata" in out: out.metadata = {}
     text = nbformat.writes(book, 4)
