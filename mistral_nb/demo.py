@@ -454,7 +454,7 @@ def chat_lines(turns: list[Turn]) -> list[str]:
     return [f"  {turn.who:>9}: {turn.text}" for turn in turns]
 
 
-EXAMPLE = "How many miles are 42.2 km?"
+EXAMPLE = "How many km are 26.2 miles?"
 
 
 def run_demo(
