@@ -453,7 +453,7 @@ def convert(
 ) -> Converted:
     "Rows of any known shape as rows that can be trained on."
     path = Path(data) if isinstance(data, (str, os.PathLike)) else None
-    right = {row["id"]: row["ground_truth"] for _, row in read_values(answers)} if answers is not None else {}
+    right = {str(row["id"]): row["ground_truth"] for _, row in read_values(answers)} if answers is not None else {}
     out = Converted([], source=path)
     for line, value in read_values(data):
         try:
@@ -469,7 +469,7 @@ def converted(value: Any, shapes: Counter, right: dict) -> list[dict]:
     shape = shape_of(value)
     shapes[shape] += 1
     make = SHAPES[shape][1]
-    return make(value, right.get(value.get("id"))) if make is from_bfcl else make(value)
+    return make(value, right.get(str(value.get("id")))) if make is from_bfcl else make(value)
 
 
 def add(row: dict, line: int, out: Converted) -> None:

@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from .args import ModelArgs
 
+from ..device import has_bfloat16
+
 # %% auto #0
 __all__ = ['BLOCK_ROWS', 'BLOCK_ENTRIES', 'ROADS', 'Block', 'plan_blocks', 'hide_corners', 'wide', 'fold', 'unfold',
            'block_weights', 'BlockAttention', 'folded_inputs', 'blocks_attention', 'segments_attention', 'one_segment',
@@ -204,7 +206,7 @@ def difference(device: torch.device, dtype: torch.dtype, window: int | None) -> 
 def varlen_verdict(device: torch.device) -> str:
     """Why `varlen` is used on `device` ("agrees …"), or why it is not."""
     if device.type != "cuda": return f"needs an NVIDIA card, this is {device.type}"
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float16
     try: worst = max(difference(device, dtype, window) for window in (None, 20))
     except Exception as e: return f"does not run here: {type(e).__name__}: {str(e)[:200]}"
     return f"{'agrees' if worst < 0.02 else 'disagrees'} with segments to {worst:.0e}"
