@@ -460,6 +460,8 @@ def convert(
             for row in converted(value, out.shapes, right): add(row, line, out)
         except RowError as e: out.skipped.append(Skipped(line, e.code, str(e)))
         except RecursionError: out.skipped.append(Skipped(line, "too_deep", "brackets are nested too deep"))
+        except (TypeError, KeyError, AttributeError, IndexError) as e:
+            out.skipped.append(Skipped(line, "malformed", f"a part of another kind than its shape has: {e!r}"))
     return out
 
 
