@@ -202,3 +202,18 @@ def test_real_tool_lists_are_accepted_or_mended(shared):
     assert len(functions) > 300
     for some in functions:
         parse_row(chat(USER, ANSWER, tools=[{"type": "function", "function": f} for f in some]), "instruct")
+
+
+def test_a_text_that_spells_a_control_token():
+    from mistral_common.tokens.tokenizers.base import SpecialTokens
+    for token in SpecialTokens:
+        assert found({**USER, "content": f"so: {token.value}."}, ANSWER) == {("control_text", "messages[0].content")}
+        [warning] = review(parse_row({"text": token.value}, "pretrain"))
+        assert (warning.code, warning.field) == ("control_text", "text") and token.value in warning.message
+    for harmless in ("[INST", "INST]", "[inst]", "<S>", "<b>", "[TOOL]", "a < s > b", "[ INST ]", "["):
+        assert found({**USER, "content": harmless}, ANSWER) == set()
+    result = {**RESULT, "content": "[TOOL_RESULTS]"}
+    assert found(USER, asks(CALL), result, ANSWER) == {("control_text", "messages[2].content")}
+    assert found(USER, ANSWER, system_prompt="</s>") == {("control_text", "system_prompt")}
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "[IMG]"}]
+    assert found({**USER, "content": parts}, ANSWER) == {("control_text", "messages[0].content")}

@@ -32,7 +32,8 @@ __all__ = ['CODES', 'TYPES', 'SCHEMAS', 'NAMED_SCHEMAS', 'OUR_ID', 'FOREIGN_ID',
            'parse_assistant', 'checked_weight', 'checked_role', 'parse_message', 'Text', 'Conversation', 'calls_of',
            'check_ends', 'check_links', 'check_answered', 'check_neighbours', 'check_template', 'culprit',
            'check_rules', 'parse_messages', 'parse_chat', 'parse_text', 'check_kind', 'KindError', 'parse_row',
-           'RowWarning', 'plain_text', 'schema_checker', 'review_call', 'review', 'message_row', 'as_row']
+           'RowWarning', 'plain_text', 'control_spellings', 'control_text', 'schema_checker', 'review_call',
+           'review_calls', 'review', 'message_row', 'as_row']
 
 # %% ../../nbs/10_data.sample.ipynb #419b085e
 CODES = {
@@ -522,6 +523,7 @@ WARNINGS = {
     "reused_id":         "one call id in several messages",
     "blank_answer":      "an answer of white space: only its end is learned",
     "nothing_trained":   "every answer has weight 0",
+    "control_text":      "text that spells a control token, such as [INST] or </s>; it is read as plain text",
 }
 
 
@@ -538,6 +540,21 @@ def plain_text(content: str | list[TextChunk] | None) -> str:
     return "\n\n".join(part.text for part in content) if isinstance(content, list) else content or ""
 
 # %% ../../nbs/10_data.sample.ipynb #4e29e18c
+@cache
+def control_spellings() -> tuple[re.Pattern, ...]:
+    """Patterns of what mistral-common writes control tokens as, one for each first character; its import takes long."""
+    from mistral_common.tokens.tokenizers.base import SpecialTokens
+    names = sorted((str(token.value) for token in SpecialTokens), key=len, reverse=True)
+    return tuple(re.compile(re.escape(first) + "(?:" + "|".join(re.escape(n[1:]) for n in names if n[0] == first) + ")")
+                 for first in sorted({name[0] for name in names}))
+
+
+def control_text(text: str, field: str) -> list[RowWarning]:
+    """A warning when `text` spells a control token."""
+    found = " and ".join(match[0] for spelling in control_spellings() if (match := spelling.search(text)))
+    return [RowWarning("control_text", f"{found} in a text is read as plain text", field)] if found else []
+
+# %% ../../nbs/10_data.sample.ipynb #03fde3b0
 @lru_cache(maxsize=512)
 def schema_checker(text: str):
     """jsonschema's validator for a schema, by its text."""
@@ -557,10 +574,9 @@ def review_call(call: ToolCall, tools: dict[str, Function], field: str) -> list[
     return [RowWarning("off_schema", reason(error)[:160], f"{inside}.arguments")] if error else []
 
 
-def review(chat: Conversation) -> list[RowWarning]:
-    """What is strange about a valid chat."""
-    tools, found, seen = {tool.function.name: tool.function for tool in chat.tools or []}, [], set()
-    answers = [(m, field) for m, field in zip(chat.messages, chat.fields) if m.role == "assistant"]
+def review_calls(answers: list[tuple[Any, str]], tools: dict[str, Function]) -> list[RowWarning]:
+    """What is strange about the answers of a chat and their calls."""
+    found, seen = [], set()
     for message, field in answers:
         if message.content and not plain_text(message.content).strip():
             found.append(RowWarning("blank_answer", "the answer is white space; only its end would be learned", field))
@@ -569,6 +585,16 @@ def review(chat: Conversation) -> list[RowWarning]:
             if call.id in seen: found.append(RowWarning("reused_id", f"{call.id!r} is the id of an earlier call", at))
             found += review_call(call, tools, at)
         seen |= {call.id for call in calls_of(message)}
+    return found
+
+
+def review(chat: Conversation | Text) -> list[RowWarning]:
+    """What is strange about a valid row."""
+    if isinstance(chat, Text): return control_text(chat.text, "text")
+    places = [field if field == "system_prompt" else f"{field}.content" for field in chat.fields]
+    found = [w for m, at in zip(chat.messages, places) for w in control_text(plain_text(m.content), at)]
+    answers = [(m, field) for m, field in zip(chat.messages, chat.fields) if m.role == "assistant"]
+    found += review_calls(answers, {tool.function.name: tool.function for tool in chat.tools or []})
     if not any(m.weight for m, _ in answers):
         found.append(RowWarning("nothing_trained", "every answer has weight 0; the row only costs time", "messages"))
     return found
