@@ -92,7 +92,7 @@ def test_marks_blank_lines_and_faults_keep_their_line_numbers(tmp_path):
     assert list(rows) == [1, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert [n for n, r in rows.items() if r.error] == [5, 6, 7, 8, 9, 13]
     assert {r.error.code for r in rows.values() if r.error} == {"not_json"}
-    assert "position 10 is not UTF-8" in rows[6].error.message and rows[6].raw == lines[5]
+    assert "position 10 is not UTF-8" in rows[6].error.message and rows[6].raw == lines[5] + b"\n"
     assert rows[10].value is None and rows[11].value["text"] == "11" and rows[14].value == {"text": "14"}
     assert rows[1].origin == f"{tmp_path / 'x.jsonl'}:1"
     with pytest.raises(RowError) as error: parse_row(rows[12].value, "pretrain")

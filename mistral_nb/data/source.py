@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from typing import Any
 from .sample import RowError
 
 # %% auto #0
-__all__ = ['NUMBER', 'READERS', 'SourceError', 'split_weight', 'files_below', 'Source', 'parse_sources', 'Row', 'read_json',
-           'row_of_line', 'read_lines', 'without_nulls', 'read_cell', 'rows_of', 'frame_rows', 'read_list',
-           'read_parquet', 'read_csv', 'read_rows']
+__all__ = ['NUMBER', 'BLANK', 'BOM', 'READERS', 'SourceError', 'split_weight', 'files_below', 'Source', 'parse_sources',
+           'read_json', 'Row', 'lines_of', 'read_lines', 'without_nulls', 'read_cell', 'rows_of', 'frame_rows',
+           'read_list', 'read_parquet', 'read_csv', 'read_rows', 'read_row']
 
 # %% ../../nbs/12_data.source.ipynb #c48e66aa
 class SourceError(ValueError):
@@ -77,47 +78,59 @@ def parse_sources(
     raise SourceError(f"{', '.join(twice[:3])} is named more than once in {spec!r}; name it once, with a weight")
 
 # %% ../../nbs/12_data.source.ipynb #70258444
+BLANK = b" \t\r\n"
+BOM = codecs.BOM_UTF8
+
+
+def read_json(text: bytes) -> Any:
+    """The value of one line."""
+    try: return json.loads(text.removeprefix(BOM).decode())
+    except UnicodeDecodeError as e:
+        raise RowError("not_json", f"the byte at position {e.start} is not UTF-8; save the file as UTF-8") from None
+    except RecursionError: raise RowError("not_json", "brackets are nested too deep; flatten the row") from None
+    except ValueError as e:
+        hint = "; a file that holds one JSON list must be called .json" if text.startswith(b"[") else ""
+        raise RowError("not_json", f"expected one JSON object a line, received {text.decode()[:40]!r} "
+                       f"({str(e)[:90]}){hint}") from None
+
+
 @dataclass(frozen=True)
 class Row:
-    """One row of a file: its JSON `value`, or the `error` that kept it from being read."""
-    value: Any
+    """One row of a file, read from JSON when it is asked for."""
     file: Path
     line: int  # from 1; in a file without lines the number of the row
-    raw: bytes  # the row as it stands in the file, or its JSON
-    error: RowError | None = None
+    raw: bytes  # the row as it stands in the file with its line end, or its JSON
+    unreadable: RowError | None = None  # what kept the file from being cut into rows
+
+    @cached_property
+    def opened(self) -> tuple[Any, RowError | None]:
+        """The value and None, or None and what is wrong with the JSON."""
+        if self.unreadable: return None, self.unreadable
+        try: return read_json(self.raw.strip(BLANK)), None
+        except RowError as e: return None, e
+
+    @property
+    def value(self) -> Any: return self.opened[0]
+
+    @property
+    def error(self) -> RowError | None: return self.opened[1]
 
     @property
     def origin(self) -> str: return f"{self.file}:{self.line}"
 
 
-def read_json(line: str) -> Any:
-    """The value of one line."""
-    try:
-        line.encode()
-        return json.loads(line)
-    except UnicodeEncodeError as e:
-        before = len(line[:e.start].encode())
-        raise RowError("not_json", f"the byte at position {before} is not UTF-8; save the file as UTF-8") from None
-    except RecursionError: raise RowError("not_json", "brackets are nested too deep; flatten the row") from None
-    except ValueError as e:
-        hint = "; a file that holds one JSON list must be called .json" if line.startswith("[") else ""
-        raise RowError("not_json", f"expected one JSON object a line, received {line[:40]!r} "
-                       f"({str(e)[:90]}){hint}") from None
-
-
-def row_of_line(line: str, file: Path, number: int) -> Row:
-    """One line as a `Row`."""
-    raw = line.encode("utf-8", "surrogateescape")
-    try: return Row(read_json(line), file, number, raw)
-    except RowError as e: return Row(None, file, number, raw, e)
+def lines_of(file: Path) -> Iterator[bytes]:
+    """The lines of a file with their ends."""
+    with open(file, "rb") as f:
+        for line in f:
+            if b"\r" in line: yield from line.splitlines(keepends=True)
+            else: yield line
 
 
 def read_lines(file: Path) -> Iterator[Row]:
     """The rows of a file that has one a line."""
-    with open(file, encoding="utf-8", errors="surrogateescape", newline=None) as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.strip(" \t\n\ufeff")
-            if line: yield row_of_line(line, file, number)
+    for number, line in enumerate(lines_of(file), 1):
+        if line.strip(BLANK) not in (b"", BOM): yield Row(file, number, line)
 
 # %% ../../nbs/12_data.source.ipynb #c28b1b55
 def without_nulls(value: Any) -> Any:
@@ -137,7 +150,7 @@ def read_cell(text: str | None) -> Any:
 def rows_of(values: Iterable[Any], file: Path) -> Iterator[Row]:
     """Values as rows, numbered from 1."""
     for number, value in enumerate(values, 1):
-        yield Row(value, file, number, json.dumps(value, default=str).encode())
+        yield Row(file, number, json.dumps(value, default=str).encode() + b"\n")
 
 
 def frame_rows(frame: Any) -> Iterator[Row]:
@@ -149,8 +162,9 @@ def frame_rows(frame: Any) -> Iterator[Row]:
 # %% ../../nbs/12_data.source.ipynb #c899c24e
 def read_list(file: Path) -> Iterator[Row]:
     """The rows of a .json file: the elements of a list, or else one a line."""
-    if not file.read_bytes()[:64].lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"["): return read_lines(file)
-    whole = row_of_line(file.read_text(encoding="utf-8-sig", errors="surrogateescape"), file, 1)
+    with open(file, "rb") as start: begins = start.read(64).removeprefix(BOM).lstrip(BLANK)
+    if not begins.startswith(b"["): return read_lines(file)
+    whole = Row(file, 1, file.read_bytes())
     return iter([whole]) if whole.error or not isinstance(whole.value, list) else rows_of(whole.value, file)
 
 
@@ -181,5 +195,15 @@ def read_rows(
     with open(file, "rb") as start: mark = start.read(2)
     if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         error = RowError("not_json", "the file is UTF-16, as some Windows programs write it; save it as UTF-8")
-        return iter([Row(None, file, 1, mark, error)])
+        return iter([Row(file, 1, mark, error)])
     return READERS.get(file.suffix.lower(), read_lines)(file)
+
+
+def read_row(
+    path: str | Path,
+    line: int,  # as `Row.line` counts
+) -> Row:
+    """One row of a file."""
+    found = next((row for row in read_rows(path) if row.line >= line), None)
+    if found and found.line == line: return found
+    raise SourceError(f"{path} has no row in line {line}")
