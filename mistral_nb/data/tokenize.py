@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zlib
+from array import array
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,20 +39,28 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from .sample import Conversation
 from .sample import KindError
 from .sample import RowError
+from .sample import RowWarning
 from .sample import Text
+from .sample import calls_of
 from .sample import check_template
+from .sample import control_text
 from .sample import parse_message
 from .sample import parse_row
 from .sample import parse_tools
 from .sample import reason
+from .sample import review
 
 # %% auto #0
-__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'WORD', 'PROBE', 'NO_IDS', 'CONTROL', 'TokenizerError', 'tokenizer_file',
+__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'PIECE', 'WORD', 'MOST_WORDS', 'LONGEST_WORD', 'BLANKS', 'PROBES', 'NO_IDS',
+           'ENDS_EVERY', 'PLAIN_PROBES', 'MOST_MESSAGES', 'CONTROL', 'TokenizerError', 'tokenizer_file',
            'packaged_file', 'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id',
-           'normalizer_of', 'normalized', 'Remembering', 'remembering', 'Writer', 'without_ids', 'common', 'difference',
-           'answer', 'TokenSample', 'sample', 'check_results', 'turns', 'stays', 'exact_samples', 'chunked_samples',
-           'text_sample', 'as_row_error', 'open_row', 'encode', 'encode_all', 'prompt_messages', 'encode_prompt',
-           'decode', 'segments', 'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
+           'normalizer_of', 'normalized', 'by_words', 'Words', 'plain_ids', 'has_arrays', 'array_ids', 'Remembering',
+           'remembering', 'Writer', 'without_ids', 'common', 'difference', 'answer', 'TokenSample', 'sample',
+           'check_results', 'turns', 'stays', 'exact_plan', 'hides_end', 'chosen', 'with_call_end', 'exact_samples',
+           'chunked_samples', 'text_sample', 'as_row_error', 'opened', 'encode', 'EncodedRow', 'chat_samples',
+           'written_chat', 'written_text', 'Shape', 'position', 'cut', 'one_sample', 'shape_of', 'same_sample',
+           'plain_messages', 'plain_texts', 'is_utf8', 'plain_chat', 'encode_row', 'encode_all', 'prompt_messages',
+           'encode_prompt', 'decode', 'segments', 'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
 
 # %% ../../nbs/11_data.tokenize.ipynb #22e369ce
 class TokenizerError(ValueError):
@@ -140,40 +151,77 @@ def normalized(chat: Conversation, tokenizer: MistralTokenizer) -> InstructReque
     return normalizer_of(tokenizer).from_chat_completion_request(request)
 
 # %% ../../nbs/11_data.tokenize.ipynb #56fe9d9e
-WORD = re.compile(r"[ ▁]*[^ ▁\n]+|[ ▁]+|\n")
-PROBE = "One  two\tthree\r\n\n ½ ﬁ Å Å ｆｕｌｌ ▁x <s> [INST] 你好 🙂\u2028\u200b\u0000 end  "
+PIECE = re.compile(r"▁*[^ ▁\n]+|▁+|\n")  # a piece, in which SentencePiece writes a space as ▁
+WORD = re.compile(r" +[^ \n]*|\n[^ \n]*")  # a text with a space in front is nothing but these
+
+
+def by_words(base: Any) -> bool:
+    """Whether the pieces of `base` are such that the ids of a text are those of its words."""
+    return all(PIECE.fullmatch(piece) for piece in base.vocab() if piece)
+
+# %% ../../nbs/11_data.tokenize.ipynb #41394a11
+MOST_WORDS, LONGEST_WORD = 200_000, 32
+
+
+class Words(dict):
+    """The ids of words, as the bytes of int32; a missing word is learned by `encode`."""
+
+    def __init__(self, encode: Callable[..., list[int]]): self.encode = encode
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self.encode(word or "\n", bos=False, eos=False)
+        if not word: ids = ids[:1]  # the space before every text
+        elif word[0] == "\n": ids = ids[1:]  # without it
+        found = array("i", ids).tobytes()
+        if len(self) >= MOST_WORDS: self.clear()
+        if len(word) <= LONGEST_WORD: self[word] = found
+        return found
+
+    def ids(self, text: str) -> bytes:
+        """The ids of a text, word by word."""
+        if not text or "▁" in text: return array("i", self.encode(text, bos=False, eos=False)).tobytes()
+        spread = text.replace("\n", " \n")
+        if text[0] != " " and "  " not in spread: return b"".join(map(self.__getitem__, spread.split(" ")))
+        return b"".join([self[word if word[0] == "\n" else word[1:]] for word in WORD.findall(" " + text)])
+
+# %% ../../nbs/11_data.tokenize.ipynb #9732cd40
+def plain_ids(base: Any) -> Callable[[str], bytes]:
+    """The ids of a text as `base` gives them."""
+    return lambda text: array("i", base.encode(text, bos=False, eos=False)).tobytes()
+
+
+def has_arrays(base: Any) -> bool:
+    """Whether tiktoken stands behind `base`, in a version that gives arrays."""
+    return hasattr(getattr(base, "_model", None), "encode_to_numpy")
+
+
+def array_ids(base: Any) -> Callable[[str], bytes]:
+    """The ids of a text through tiktoken's arrays."""
+    encode, first = base._model.encode_to_numpy, np.uint32(base.num_special_tokens)
+    return lambda text: (encode(text) + first).tobytes()
+
+# %% ../../nbs/11_data.tokenize.ipynb #6517b6c0
+BLANKS = "\t\r\v\f\x1c\x85\xa0\u1680\u2002\u200a\u2028\u202f\u3000\ufeff"
+PROBES = ("One  two\tthree\r\n\n ½ ﬁ Å Å ｆｕｌｌ x <s> [INST] 你好 🙂\u2028\u200b\u0000 end  ", " ", "\n", "  \n \n",
+          "\n\nx\n y ", *(f"a{blank} b {blank}\n{blank}{blank}" for blank in BLANKS))
 
 
 class Remembering:
-    """A tokenizer of mistral-common that remembers words and recent texts; in all else it is the one it is given."""
+    """A tokenizer of mistral-common that is quicker; in all else it is the one it is given."""
 
     def __init__(self, base: Any):
-        self.base, self.words = base, {}
-        self.recent = lru_cache(maxsize=256)(self.text_ids)
-        self.by_words = all(WORD.fullmatch(piece) for piece in base.vocab() if piece)
-        if self.by_words: self.by_words = self.text_ids(PROBE) == base.encode(PROBE, bos=False, eos=False)
+        self.base, self.words, slow = base, Words(base.encode), plain_ids(base)
+        ways = [self.words.ids] if by_words(base) else [array_ids(base)] if has_arrays(base) else []
+        self.raw = next((way for way in ways if all(way(probe) == slow(probe) for probe in PROBES)), slow)
+        self.by_words = self.raw == self.words.ids
+        self.recent = lru_cache(maxsize=256)(self.raw)
 
     def __getattr__(self, name: str) -> Any: return getattr(self.base, name)
 
-    def text_ids(self, text: str) -> list[int]:
-        """The ids of a text, word by word if that is exact."""
-        if not (self.by_words and text): return self.base.encode(text, bos=False, eos=False)
-        known, ids = self.words, []
-        for word in WORD.findall(" " + text):
-            if word not in known: self.learn(word)
-            ids += known[word]
-        return ids
-
-    def learn(self, word: str) -> None:
-        """Remember the ids of a word, and forget all when there are too many."""
-        if len(self.words) >= 200_000: self.words.clear()
-        ids = self.base.encode("\n" + word, bos=False, eos=False)
-        self.words[word] = tuple(ids[2:])  # without the space before every text, and the line break
-
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         """The ids of a text, in a list of its own."""
-        ids = self.recent(text) if len(text) < 20_000 else self.text_ids(text)
-        return [self.base.bos_id] * bos + ids + [self.base.eos_id] * eos
+        raw = self.recent(text) if len(text) < 20_000 else self.raw(text)
+        return [self.base.bos_id] * bos + np.frombuffer(raw, np.int32).tolist() + [self.base.eos_id] * eos
 
 
 @lru_cache(maxsize=8)
@@ -214,14 +262,18 @@ class Writer:
         user = self.request.messages[i].role == "user"
         return i, user and self.has_header and i == last, not user and self.version == "v2" and i < last
 
-    def block(self, i: int, last: int) -> list[int]:
+    def block(self, i: int, last: int) -> np.ndarray:
         """The ids of message `i` when `last` is the last message of the user."""
         place = self.place(i, last)
         if place not in self.written: self.written[place] = self.write(self.request.messages[i], *place)
         return self.written[place]
 
-    def write(self, message: Any, i: int, is_last: bool, is_history: bool) -> list[int]:
+    def write(self, message: Any, i: int, is_last: bool, is_history: bool) -> np.ndarray:
         """The ids of `message` in place of message `i`."""
+        return np.array(self.listed(message, i, is_last, is_history), np.int32)
+
+    def listed(self, message: Any, i: int, is_last: bool, is_history: bool) -> list[int]:
+        """As `write`, through the function of mistral-common for the role of `message`."""
         instruct, request = remembering(self.tokenizer), self.request
         if message.role == "system": return instruct.encode_system_message(message)[0]
         if message.role == "tool": return instruct.encode_tool_message(message, is_history)[0]
@@ -239,18 +291,20 @@ def without_ids(message: AssistantMessage, which: Iterable[int]) -> AssistantMes
     return message.model_copy(update={"tool_calls": calls})
 
 
-def common(a: list[int], b: list[int]) -> int:
+def common(a: np.ndarray, b: np.ndarray) -> int:
     """How many ids `a` and `b` share at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    shorter = min(len(a), len(b))
+    unequal = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(unequal[0]) if len(unequal) else shorter
 
 
-def difference(ids: list[int], other: list[int]) -> slice:
+def difference(ids: np.ndarray, other: np.ndarray) -> slice:
     """The part of `ids` between the beginning and the end that it shares with `other`."""
     start = common(ids, other)
     return slice(start, len(ids) - common(ids[start:][::-1], other[start:][::-1]))
 
 
-def answer(writer: Writer, i: int, last: int, ends: bool) -> tuple[list[int], list[slice]]:
+def answer(writer: Writer, i: int, last: int, ends: bool) -> tuple[np.ndarray, list[slice]]:
     """The ids of assistant message `i` and the parts of them to mask; `ends` says that the sample ends with it."""
     message, place = writer.request.messages[i], writer.place(i, last)
     calls = range(0 if writer.version in NO_IDS else len(message.tool_calls or []))
@@ -271,18 +325,20 @@ class TokenSample:
 
 def sample(writer: Writer, stop: int, trained: set[int]) -> TokenSample:
     """The chat up to message `stop`, which is an answer, training the assistant messages `trained`."""
-    last, ids, masks = writer.last_user(stop), writer.tokenizer.instruct_tokenizer.start(), []
+    last, blocks, masks = writer.last_user(stop), [np.array(writer.tokenizer.instruct_tokenizer.start(), np.int32)], []
     if writer.version == "v2": check_results(writer, stop)
+    length = len(blocks[0])
     for i in range(stop):
-        ends, start = i == stop - 1, len(ids)
+        ends = i == stop - 1
         block, hidden = answer(writer, i, last, ends) if ends or i in trained else (writer.block(i, last), [])
-        ids += block
-        if i in trained: masks.append((slice(start, len(ids)), hidden))
-    mask = np.zeros(len(ids), bool)
+        if i in trained: masks.append((slice(length, length + len(block)), hidden))
+        blocks.append(block)
+        length += len(block)
+    mask = np.zeros(length, bool)
     for place, hidden in masks:
         mask[place] = True
         for part in hidden: mask[place][part] = False
-    return TokenSample(np.array(ids, np.int32), mask)
+    return TokenSample(np.concatenate(blocks), mask)
 
 
 def check_results(writer: Writer, stop: int) -> None:
@@ -301,21 +357,52 @@ def turns(writer: Writer) -> list[tuple[int, int]]:
 
 def stays(writer: Writer, start: int, stop: int) -> bool:
     """Whether the turn from message `start` to `stop` is written the same once it is history."""
-    return all(writer.block(i, start) == writer.block(i, stop) for i in range(max(start, 0), stop))
+    return all(np.array_equal(writer.block(i, start), writer.block(i, stop)) for i in range(max(start, 0), stop))
 
 
-def exact_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]:
-    """As few samples as give each answer of `trained` the context that it has at inference."""
+def exact_plan(writer: Writer, trained: list[int]) -> Iterator[tuple[int, set[int]]]:
+    """As few samples as give each answer of `trained` the context that it has at inference: (stop, what it trains)."""
     waiting = set()
     for start, stop in turns(writer):
         own = {i for i in trained if start < i < stop}
         if not own: continue
         waiting |= own
         if any(i >= stop for i in trained) and stays(writer, start, stop): continue
-        yield sample(writer, max(own) + 1, waiting)
+        yield max(own) + 1, waiting
         waiting = set()
 
 # %% ../../nbs/11_data.tokenize.ipynb #787d3e37
+ENDS_EVERY = 4  # of how many rows whose calls all go on, one gets a sample that ends at a call
+
+
+def hides_end(writer: Writer, i: int) -> bool:
+    """Whether the mask on the ids of the calls in message `i` hides more than ids."""
+    last = writer.last_user(i)
+    ids, hidden = answer(writer, i, last, ends=False)
+    kept = np.ones(len(ids), bool)
+    for part in hidden: kept[part] = False
+    return not np.array_equal(ids[kept], answer(writer, i, last, ends=True)[0])
+
+
+def chosen(call: ToolCall) -> bool:
+    """Whether the row whose first call is `call` is one of every `ENDS_EVERY`."""
+    return zlib.crc32(call.function.arguments.encode()) % ENDS_EVERY == 0
+
+
+def with_call_end(writer: Writer, plan: list[tuple[int, set[int]]]) -> list[tuple[int, set[int]]]:
+    """`plan`, with a sample that ends at the first call if it trains calls and none of its samples ends at one."""
+    calls = [i for _, trained in plan for i in sorted(trained) if calls_of(writer.request.messages[i])]
+    if not calls or any(stop - 1 in calls for stop, _ in plan): return plan
+    first = calls[0]
+    if not (chosen(writer.request.messages[first].tool_calls[0]) and hides_end(writer, first)): return plan
+    return [(first + 1, {first})] + [(stop, trained - {first}) for stop, trained in plan]
+
+
+def exact_samples(writer: Writer, trained: list[int]) -> list[TokenSample]:
+    """Samples that give each answer of `trained` the context that it has at inference, once."""
+    return [sample(writer, *part) for part in with_call_end(writer, list(exact_plan(writer, trained)))]
+
+# %% ../../nbs/11_data.tokenize.ipynb #5826c35f
 def chunked_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]:
     """The reference's samples of a row that trains its last answer: the row, and its beginnings up to each answer."""
     for i, message in reversed(list(enumerate(writer.request.messages))):
@@ -324,8 +411,9 @@ def chunked_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]
 
 def text_sample(text: Text, tokenizer: MistralTokenizer) -> TokenSample:
     """A text from begin to end, every token trained."""
-    ids = remembering(tokenizer).tokenizer.encode(text.text, bos=True, eos=True)
-    return TokenSample(np.array(ids, np.int32), np.ones(len(ids), bool))
+    fast = remembering(tokenizer).tokenizer
+    ids = np.concatenate([[fast.bos_id], np.frombuffer(fast.raw(text.text), np.int32), [fast.eos_id]], dtype=np.int32)
+    return TokenSample(ids, np.ones(len(ids), bool))
 
 # %% ../../nbs/11_data.tokenize.ipynb #7fa9e6d3
 @contextmanager
@@ -337,12 +425,10 @@ def as_row_error() -> Iterator[None]:
         raise RowError("tokenizer_refuses", f"mistral-common cannot write this row: {reason(e)}") from e
 
 
-def open_row(row: Any, tokenizer: MistralTokenizer) -> tuple[Writer, list[int], bool]:
-    """The writer of an instruct row, its answers with weight 1, and whether only the last is trained."""
-    chat = parse_row(row, "instruct", version_of(tokenizer))
+def opened(chat: Conversation, tokenizer: MistralTokenizer) -> tuple[Writer, list[int]]:
+    """The writer of a chat, and its answers with weight 1."""
     writer = Writer(tokenizer, normalized(chat, tokenizer))
-    answers = [i for i, m in enumerate(writer.request.messages) if m.role == "assistant" and m.weight]
-    return writer, answers, chat.only_last
+    return writer, [i for i, m in enumerate(writer.request.messages) if m.role == "assistant" and m.weight]
 
 
 def encode(
@@ -353,27 +439,170 @@ def encode(
     """One row as one sample, the whole of it in one piece."""
     with as_row_error():
         if kind != "instruct": return text_sample(parse_row(row, kind), tokenizer)
-        writer, answers, only_last = open_row(row, tokenizer)
+        chat = parse_row(row, kind, version_of(tokenizer))
+        writer, answers = opened(chat, tokenizer)
         stop = len(writer.request.messages)
-        return sample(writer, stop, set(answers) & {stop - 1} if only_last else set(answers))
+        return sample(writer, stop, set(answers) & {stop - 1} if chat.only_last else set(answers))
+
+# %% ../../nbs/11_data.tokenize.ipynb #4e9d6056
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """What a row gives to training, and what there is to say of it."""
+    samples: list[TokenSample]
+    warnings: tuple[RowWarning, ...]  # what `review` says
+    turns: int  # user messages in the row as given; 0 for a text
+    calls: tuple[str, ...]  # names of the functions called, in order
+
+
+def chat_samples(chat: Conversation, tokenizer: MistralTokenizer, exact: bool, dynamic: bool) -> list[TokenSample]:
+    """The samples of a chat, with exact context or as the reference makes them."""
+    writer, answers = opened(chat, tokenizer)
+    stop = len(writer.request.messages)
+    if chat.only_last and not dynamic: answers = [i for i in answers if i == stop - 1]
+    if exact: return exact_samples(writer, answers)
+    if chat.only_last and dynamic: return list(chunked_samples(writer, answers))
+    return [sample(writer, stop, set(answers))]
+
+
+def written_chat(row: Any, tokenizer: MistralTokenizer, exact: bool = True, dynamic: bool = True) -> EncodedRow:
+    """An instruct row, message by message."""
+    chat = parse_row(row, "instruct", version_of(tokenizer))
+    calls = tuple(call.function.name for m in chat.messages for call in calls_of(m))
+    samples = chat_samples(chat, tokenizer, exact, dynamic)
+    return EncodedRow(samples, tuple(review(chat)), sum(m.role == "user" for m in chat.messages), calls)
+
+
+def written_text(row: Any, tokenizer: MistralTokenizer, kind: str) -> EncodedRow:
+    """A pretrain row."""
+    text = parse_row(row, kind)
+    return EncodedRow([text_sample(text, tokenizer)], tuple(review(text)), 0, ())
+
+# %% ../../nbs/11_data.tokenize.ipynb #1181a663
+@dataclass(frozen=True)
+class Shape:
+    """The ids around the texts of plain chats with one number of messages, and what is trained."""
+    roles: tuple[str, ...]
+    gaps: list[bytes]  # int32, before, between and behind the texts
+    gap_masks: list[bytes]  # bool, of the gaps
+    text_masks: list[bytes]  # one bool for each text
+
+    def fill(self, texts: list[bytes]) -> TokenSample:
+        """The sample that has the ids `texts` in the gaps."""
+        ids, mask = [self.gaps[0]], [self.gap_masks[0]]
+        for text, learned, gap, gap_mask in zip(texts, self.text_masks, self.gaps[1:], self.gap_masks[1:]):
+            ids += (text, gap)
+            mask += (learned * (len(text) // 4), gap_mask)
+        return TokenSample(np.frombuffer(bytearray().join(ids), np.int32), np.frombuffer(bytearray().join(mask), bool))
+
+
+def position(data: bytes, part: bytes, start: int) -> int:
+    """Where the int32 ids `part` stand in `data` from `start` on, or -1."""
+    at = data.find(part, start)
+    while at > 0 and at % 4: at = data.find(part, at + 1)
+    return at
+
+
+def cut(roles: tuple[str, ...], made: TokenSample, texts: list[bytes]) -> Shape | None:
+    """The shape of a sample, cut at the `texts` in it; None where they are not found."""
+    data, mask, edges = made.ids.tobytes(), made.mask.tobytes(), [0]
+    for text in texts:
+        at = position(data, text, edges[-1])
+        if at < 0: return None
+        edges += [at, at + len(text)]
+    places = list(zip(edges[::2], [*edges[1::2], len(data)]))
+    return Shape(roles, [data[a:b] for a, b in places], [mask[a // 4:b // 4] for a, b in places],
+                 [mask[a // 4:a // 4 + 1] for a in edges[1::2]])
+
+# %% ../../nbs/11_data.tokenize.ipynb #ab8e37ba
+PLAIN_PROBES = ("Message {}.", "▁{}/[x▁", "é🙂\n\n  {}\tbar)”", "[INST]{}[/INST]</s>", "{}")
+MOST_MESSAGES = 64
+
+
+def one_sample(roles: tuple[str, ...], texts: list[str], tokenizer: MistralTokenizer) -> TokenSample | None:
+    """The sample of a chat, if it is valid, is written message by message, and is one sample."""
+    row = {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts)]}
+    try: writer, answers = opened(parse_row(row, "instruct", version_of(tokenizer)), tokenizer)
+    except RowError: return None  # mistral-common's verdict on every chat of this shape; the long way will say it
+    plan = list(exact_plan(writer, answers))
+    return sample(writer, *plan[0]) if len(plan) == 1 and len(writer.request.messages) == len(roles) else None
+
+
+@lru_cache(maxsize=256)
+def shape_of(count: int, tokenizer: MistralTokenizer) -> Shape | None:
+    """The shape of plain chats of `count` messages, if they have one; with a system prompt when the count is odd."""
+    roles, shape = ("system",) * (count % 2) + ("user", "assistant") * (count // 2), None
+    for probe in PLAIN_PROBES:
+        texts = [probe.format(i) for i in range(count)]
+        made, raws = one_sample(roles, texts, tokenizer), [remembering(tokenizer).tokenizer.raw(t) for t in texts]
+        shape = shape or made and cut(roles, made, raws)
+        if not (made and shape and same_sample(shape.fill(raws), made)): return None
+    return shape
+
+
+def same_sample(a: TokenSample, b: TokenSample) -> bool:
+    """Whether two samples are equal."""
+    return np.array_equal(a.ids, b.ids) and np.array_equal(a.mask, b.mask)
+
+# %% ../../nbs/11_data.tokenize.ipynb #95c15e83
+def plain_messages(row: Any) -> list:
+    """The messages of a row that holds nothing else, or none."""
+    if type(row) is not dict or len(row) != 1: return []
+    [(name, messages)] = row.items()
+    if name not in ("messages", "interactions") or type(messages) is not list: return []
+    return messages if len(messages) <= MOST_MESSAGES else []
+
+
+def plain_texts(messages: list, roles: tuple[str, ...]) -> list[str]:
+    """The texts of messages that have just these `roles`, or none."""
+    texts = []
+    for message, role in zip(messages, roles):
+        if type(message) is not dict or len(message) != 2 or message.get("role") != role: return []
+        text = message.get("content")
+        if type(text) is not str or not text or text != text.strip(): return []
+        texts.append(text)
+    return texts
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold `text`."""
+    try: return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError: return False
+
+
+def plain_chat(row: Any, tokenizer: MistralTokenizer) -> EncodedRow | None:
+    """A plain chat as `written_chat` would write it; None when it is not plain."""
+    messages = plain_messages(row)
+    shape = shape_of(len(messages), tokenizer) if len(messages) > 1 else None
+    texts = plain_texts(messages, shape.roles) if shape else []
+    if not texts or not is_utf8(whole := "\n".join(texts)): return None
+    found = [] if not control_text(whole, "") else [warning for i, text in enumerate(texts)
+             for warning in control_text(text, f"{next(iter(row))}[{i}].content")]
+    made = shape.fill([*map(remembering(tokenizer).tokenizer.raw, texts)])
+    return EncodedRow([made], tuple(found), shape.roles.count("user"), ())
+
+# %% ../../nbs/11_data.tokenize.ipynb #4431acef
+def encode_row(
+    row: Any,  # a value of JSON
+    tokenizer: MistralTokenizer,
+    kind: str = "instruct",  # or "pretrain"
+    exact_context: bool = True,  # every answer in its inference context; False: the reference's samples
+    dynamic_chunk_fn_call: bool = True,  # where only the last answer is trained, make samples of the earlier ones too
+) -> EncodedRow:
+    """Everything that a row gives; with exact context no samples when it trains nothing."""
+    with as_row_error():
+        if kind != "instruct": return written_text(row, tokenizer, kind)
+        return plain_chat(row, tokenizer) or written_chat(row, tokenizer, exact_context, dynamic_chunk_fn_call)
 
 
 def encode_all(
     row: Any,  # a value of JSON
     tokenizer: MistralTokenizer,
     kind: str = "instruct",  # or "pretrain"
-    exact_context: bool = True,  # every answer in its inference context; False: the reference's samples
-    dynamic_chunk_fn_call: bool = True,  # where only the last answer is trained, make samples of the earlier ones too
+    exact_context: bool = True,  # as `encode_row`
+    dynamic_chunk_fn_call: bool = True,  # as `encode_row`
 ) -> list[TokenSample]:
-    """All the samples that a row gives to training; with exact context none when it trains nothing."""
-    if kind != "instruct": return [encode(row, tokenizer, kind)]
-    with as_row_error():
-        writer, answers, only_last = open_row(row, tokenizer)
-        stop = len(writer.request.messages)
-        if only_last and not dynamic_chunk_fn_call: answers = [i for i in answers if i == stop - 1]
-        if exact_context: return list(exact_samples(writer, answers))
-        if only_last and dynamic_chunk_fn_call: return list(chunked_samples(writer, answers))
-        return [sample(writer, stop, set(answers))]
+    """All the samples that a row gives to training."""
+    return encode_row(row, tokenizer, kind, exact_context, dynamic_chunk_fn_call).samples
 
 # %% ../../nbs/11_data.tokenize.ipynb #7ef9a2a7
 def prompt_messages(messages: list[dict], tools: list | None, version: str) -> list:
