@@ -28,10 +28,10 @@ def bundle(
     return {"application/vnd.jupyter.widget-view+json": view, "text/html": str(static), "text/plain": words}
 
 
-def html(value: Any = "") -> widgets.HTML:
+def html(value: Any = "", width: str = "100%") -> widgets.HTML:
     """A widget that shows HTML of ours, or escaped text."""
     return widgets.HTML(value if isinstance(value, Html) else page(value) if value else "",
-                        layout=widgets.Layout(width="100%", margin="0"))
+                        layout=widgets.Layout(width=width, margin="0"))
 
 # %% ../../nbs/61_ui.parts.ipynb #0d5475d1
 def guarded(
@@ -71,7 +71,7 @@ class Pager:
     ):
         self.act, self.num = act, num
         self.box  = widgets.BoundedIntText(value=1, min=1, max=1, layout=widgets.Layout(width="6.5em"))
-        self.total = html()
+        self.total = html(width="auto")
         self.before = button("◀ previous", lambda: self.go(self.box.value - 1), status)
         self.after  = button("next ▶", lambda: self.go(self.box.value + 1), status)
         self.widget = widgets.HBox([self.before, self.box, self.total, self.after],
@@ -82,7 +82,7 @@ class Pager:
     def resize(self, num: int) -> None:
         """There are `num` things now; choose the first."""
         self.num, self.box.max = num, max(num, 1)
-        self.total.value = page(f"of {num:,}")
+        self.total.value = page(Html(f"&#160;of {num:,}&#160;"))
         if self.box.value == 1: self.chosen()
         else: self.box.value = 1
 

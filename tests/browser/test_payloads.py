@@ -1,0 +1,106 @@
+"""Whatever a data set says, none of it runs: every view of ours, in a real JupyterLab, of rows made of payloads."""
+
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lab import Lab
+from lab import until
+from payloads import PAYLOADS
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+
+def rows(texts: list[str]) -> list[dict]:
+    """Rows in which every field of a user carries a payload, and whose tokens can be shown."""
+    out = []
+    for i, text in enumerate(texts):
+        call = {"id": "abcdefgh1", "type": "function", "function": {
+            "name": "look", "arguments": json.dumps({text: text})}}
+        tool = {"type": "function", "function": {"name": "look", "description": text, "parameters": {
+            "type": "object", "title": text, "properties": {"x": {"type": "string", "description": text}}}}}
+        out.append({"tools": [tool], "messages": [
+            {"role": "system", "content": text}, {"role": "user", "content": text},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "abcdefgh1", "name": f"t{i}", "content": text},
+            {"role": "assistant", "content": text}]})
+    return out
+
+
+def broken(texts: list[str]) -> list[dict]:
+    """Rows each with a fault whose message quotes the payload."""
+    user, ends = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    tool = lambda **f: {"type": "function", "function": {"name": "f", "description": "", "parameters": {}} | f}
+    calls = lambda **c: {"role": "assistant", "tool_calls": [{"id": "abcdefgh1", "type": "function", "function": {
+        "name": "f", "arguments": "{}"} | c.pop("function", {})} | c]}
+    make = [
+        lambda t: {"messages": [{"role": t, "content": t}, ends]},
+        lambda t: {t: t, "conversations": [{"from": t, "value": t}]},
+        lambda t: {"messages": [user, calls(id=t), {"role": "tool", "content": t, "tool_call_id": t}, ends]},
+        lambda t: {"messages": [user, calls(function={"name": t, "arguments": t})]},
+        lambda t: {"tools": [tool(name=t, description=t)], "messages": [user, ends]},
+        lambda t: {"tools": [{"type": t, t: t}], "messages": [user, ends]},
+        lambda t: {"messages": [{"role": "user", "content": [{"type": t, t: t}]}, ends]},
+        lambda t: {"messages": [user, {**ends, "weight": t}]},
+        lambda t: {"messages": {t: t}},
+        lambda t: {"messages": [user, {"role": "assistant", t: t}]},
+        lambda t: {"messages": [user, ends, {"role": "user", "content": t}]},
+        lambda t: {"prompt": t, "completion": t, t: [t]},
+    ]
+    return [make[i % len(make)](text) for i, text in enumerate(texts)]
+
+
+def notebook(*cells: str) -> nbformat.NotebookNode:
+    """A notebook with these code cells."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return book
+
+
+@pytest.mark.parametrize("start, noticed", [
+    ("<script>", "set in: page"), ("<img src=x on", "set in: page"), ("<img src='http", "request: http://payload.inv")])
+def test_the_harness_notices(lab: Lab, start: str, noticed: str) -> None:
+    """An unescaped payload is noticed, so that silence elsewhere means something."""
+    payload = next(p for p in PAYLOADS if p.startswith(start))
+    book = lab.open(notebook(f"from IPython.display import HTML\nHTML({payload!r})"), "noticed")
+    book.run()
+    until(lambda: any(noticed in fault for fault in book.fired()), f"{payload} fires", 10)
+    book.close()
+
+
+TOKENS = """
+import json
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_nb.data.tokenize import PACKAGE
+from mistral_nb.ui.tokens import TokenBrowser, TokenView
+from IPython.display import display
+tokenizer = MistralTokenizer.from_file(PACKAGE / "mistral_instruct_tokenizer_240323.model.v3")
+rows = [json.loads(line) for line in open("tokens.jsonl")]
+"""
+
+
+def test_tokens(lab: Lab) -> None:
+    """Every payload as tokens, static and in the browser of rows."""
+    whole = [t for t in PAYLOADS if t.isprintable() or "\n" in t or "\u202e" in t]
+    (lab.work / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(whole) + broken(PAYLOADS)))
+    book = lab.open(notebook(TOKENS, "for row in rows: display(TokenView(row, tokenizer, seq_len=400))",
+                             "browser = TokenBrowser('tokens.jsonl', tokenizer, seq_len=64); browser"), "tokens")
+    book.run()
+    browser = book.output(2)
+    browser.get_by_text("2 samples").or_(browser.get_by_text("1 sample")).first.wait_for()
+    box = browser.locator("input[type=number]")
+    for number in range(2, len(whole), 7):
+        box.fill(str(number)); box.press("Enter")
+        browser.get_by_text(f"tokens.jsonl:{number}").wait_for()
+    box.fill(str(len(whole) + 1)); box.press("Enter")
+    browser.get_by_text("unknown_role").wait_for()
+    search = browser.locator("input[type=text]")
+    search.fill(PAYLOADS[5]); search.press("Enter")
+    browser.get_by_text("of 3").or_(browser.get_by_text("of 2")).first.wait_for()
+    assert not book.fired()
+    book.shot("tokens", browser)
+    book.close()
