@@ -35,6 +35,7 @@ from .sample import mended_schema
 from .sample import nine_letters
 from .sample import parse_row
 from .sample import review
+from .source import BOM
 from .source import read_rows
 
 # %% auto #0
@@ -43,15 +44,15 @@ __all__ = ['MENDS', 'ESCAPED', 'TURNS', 'SPEAKERS', 'ROLES', 'ALIASES', 'SPELLIN
            'turns_key', 'in_turns', 'in_calls', 'in_functions', 'changed_at', 'whole_characters', 'whole_escapes',
            'characters', 'role_named', 'messages_key', 'system_key', 'turns_in', 'message_keys', 'with_our_keys',
            'call_turns', 'roles', 'with_our_role', 'without_double', 'same', 'spellings', 'repaired_json', 'objects_in',
-           'as_json', 'read_objects', 'tools_key', 'tools', 'wrapped_tool', 'without_repeats', 'wrapped_call', 'called',
-           'function_call', 'with_tool_calls', 'calls', 'with_list_of_calls', 'arguments_key', 'with_arguments',
-           'arguments', 'with_read_arguments', 'arguments_text', 'plain_name', 'with_plain_name', 'names',
-           'schema_types', 'part_text', 'with_text', 'parts', 'results', 'with_result', 'bit', 'weights', 'weight_key',
-           'with_weight', 'only_last', 'blank', 'silent', 'kept', 'silent_turns', 'role_at', 'first_turns',
-           'last_turns', 'mid_system', 'text_in', 'with_content', 'ids', 'linked', 'calls_at', 'new_id', 'paired',
-           'content_beside_calls', 'neighbours', 'join_neighbours', 'can_join', 'pretty', 'diff_lines', 'diff_html',
-           'Mended', 'fault', 'attempts', 'next_step', 'settled', 'chosen', 'mend', 'mendable', 'check_target',
-           'new_file', 'line_of', 'MendedFile', 'mend_file', 'written']
+           'as_json', 'read_objects', 'tools_key', 'tools', 'wrapped_tool', 'with_schema', 'without_repeats',
+           'wrapped_call', 'called', 'function_call', 'with_tool_calls', 'calls', 'with_list_of_calls', 'arguments_key',
+           'with_arguments', 'arguments', 'with_read_arguments', 'arguments_text', 'plain_name', 'with_plain_name',
+           'names', 'schema_types', 'part_text', 'with_text', 'parts', 'results', 'with_result', 'bit', 'weights',
+           'weight_key', 'with_weight', 'only_last', 'blank', 'silent', 'kept', 'silent_turns', 'role_at',
+           'first_turns', 'last_turns', 'mid_system', 'text_in', 'with_content', 'ids', 'linked', 'calls_at', 'new_id',
+           'paired', 'content_beside_calls', 'neighbours', 'join_neighbours', 'can_join', 'pretty', 'diff_lines',
+           'diff_html', 'Mended', 'fault', 'attempts', 'next_step', 'settled', 'chosen', 'mend', 'mendable',
+           'check_target', 'new_file', 'line_of', 'MendedFile', 'mend_file', 'written']
 
 # %% ../../nbs/16_data.mend.ipynb #5b8a07c0
 @dataclass(frozen=True)
@@ -220,12 +221,12 @@ def with_our_role(turn: dict) -> dict:
     return {**turn, "role": role} if role in PARSERS and role != turn["role"] else turn
 
 # %% ../../nbs/16_data.mend.ipynb #b4d80a79
-SPELLINGS = (("messages", "interactions"), ("tools", "available_tools"), ("content", "text"))
+SPELLINGS = (("messages", "interactions"), ("tools", "available_tools"), ("text", "content"))
 
 
-def without_double(thing: dict) -> dict:
-    """`thing` with one of two equal spellings."""
-    for first, second in SPELLINGS:
+def without_double(thing: dict, spellings: tuple = (("content", "text"),)) -> dict:
+    """`thing` with one of two equal spellings, the first."""
+    for first, second in spellings:
         a, b = thing.get(first), thing.get(second)
         if a is None or b is None: continue
         if b in ("", []) or same(a, b): thing = {k: v for k, v in thing.items() if k != second}
@@ -244,7 +245,7 @@ def same(a: Any, b: Any) -> bool:
 
 @mending("keep one of two spellings that say the same", "two_spellings")
 def spellings(row: dict) -> dict:
-    row = in_turns(without_double(row), without_double)
+    row = in_turns(without_double(row, SPELLINGS), without_double)
     said = [t.get("content", t.get("text")) for t in turns_in(row) if t.get("role") == "system"]
     double = row.get("system_prompt") is not None and row["system_prompt"] in said[:1]
     return {k: v for k, v in row.items() if k != "system_prompt"} if double else row
@@ -313,10 +314,16 @@ def wrapped_tool(tool: dict) -> dict:
     if isinstance(name, str) and inside is None:
         inside = {k: v for k, v in tool.items() if k not in ("type", "function")}
     if not isinstance(inside, dict): return tool
-    schema = next((inside[k] for k in ("parameters", "input_schema", "inputSchema") if inside.get(k)), None)
-    if isinstance(schema, str): schema = (read_objects(schema) or [schema])[0]
-    rest = {k: v for k, v in inside.items() if k not in ("parameters", "input_schema", "inputSchema")}
-    return {"type": "function", "function": rest | ({"parameters": schema} if schema else {})}
+    inside, right = with_schema(inside), tool.get("type") in (None, "function")
+    return tool if right and inside is tool.get("function") else {"type": "function", "function": inside}
+
+
+def with_schema(function: dict) -> dict:
+    """The function of a tool with its schema under `parameters`, as an object."""
+    found = next((k for k in ("parameters", "input_schema", "inputSchema") if function.get(k)), "parameters")
+    function = function if found == "parameters" else renamed(function, found, "parameters")
+    schema = read_objects(function.get("parameters"))
+    return {**function, "parameters": schema[0]} if schema else function
 
 
 def without_repeats(values: list) -> list:
@@ -865,4 +872,4 @@ def written(mended: Mended, raw: bytes, result: MendedFile) -> bytes:
     """The line of a mended row, which is counted."""
     result.rows, result.mended = result.rows + 1, result.mended + mended.changed
     result.changed.update(set(mended.applied))
-    return line_of(mended.row) if mended.changed else raw.strip(b"\r\n") + b"\n"
+    return line_of(mended.row) if mended.changed else raw.removeprefix(BOM).strip(b"\r\n") + b"\n"
