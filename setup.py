@@ -8,7 +8,7 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-dev, mlflow = cfg["dev_requirements"].split(), cfg["mlflow_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "mlflow", "datasets")}
 
 setup(
     name=cfg["lib_name"],
@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_name"]: ["py.typed", "demo_model/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": dev, "mlflow": mlflow},
+    extras_require=extras,
     entry_points={"console_scripts": [cfg["console_scripts"]], "nbdev": ["mistral_nb = mistral_nb._modidx:d"]},
     zip_safe=False,
 )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_nb.data.convert import convert
 from mistral_nb.data.convert import objects_in
+from mistral_nb.data.convert import reformat
 from mistral_nb.data.convert import repaired_json
 from mistral_nb.data.convert import write_jsonl
 from mistral_nb.data.sample import RowError
+from mistral_nb.data.sample import parse_row
+from mistral_nb.data.sample import review
 from mistral_nb.data.tokenize import encode
 
 v3, tekken, v7 = MistralTokenizer.v3(), MistralTokenizer.v3(is_tekken=True), MistralTokenizer.v7()
@@ -74,6 +78,52 @@ def test_bfcl_questions_with_their_answers(shared):
     alone = convert(question)
     assert len(alone) == 0 and {s.code for s in alone.skipped} == {"ends_wrong"}
     assert "answers=" in alone.skipped[0].reason
+
+
+CONVERTED = {"dummy_conversation.json": 500, "conversation.missingturns.json": 1, "BFCL_v4_simple_python.json": 400,
+             "train.jsonl": 7473, "c4_demo.jsonl": 300, "glaive_toolcall_en_demo.json": 300, "identity.json": 91,
+             "v1_sft_demo.jsonl": 500, "wiki_demo.txt": 30, "en_100_tree.jsonl": 555, "seed_tasks.jsonl": 175,
+             "train__dialogues_001.json": 128, "gpt-4o-airline.json": 200}
+REFUSED = {"train__schema.json": "definitions of services", "possible_answer__BFCL_v4_simple_python.json": "`answers=`"}
+
+
+def test_every_published_file_is_converted_or_refused_for_a_reason(shared):
+    files = [path for path in sorted((shared / "data").rglob("*")) if path.suffix in (".json", ".jsonl", ".txt")]
+    assert {path.name for path in files} == {*CONVERTED, *REFUSED}
+    answers = next(path for path in files if path.name.startswith("possible"))
+    for path in files:
+        result = convert(path, answers=answers if path.name.startswith("BFCL") else None)
+        assert len(result) == CONVERTED.get(path.name, 0), path.name
+        if path.name in CONVERTED: assert not result.skipped and len(result.shapes) == 1
+        else: assert all(REFUSED[path.name] in s.reason and s.code == "other_format" for s in result.skipped)
+
+
+def test_dialogues_have_their_calls(shared):
+    path = shared / "data" / "sgd" / "train__dialogues_001.json"
+    result, rows = convert(path), json.loads(path.read_text(encoding="utf-8"))
+    assert dict(result.shapes) == {"SGD dialogue": 128} and failures(result, v3) == failures(result, v7) == {}
+    for row, old in zip(result, rows, strict=True):
+        frames = [f for t in old["turns"] for f in t["frames"] if "service_call" in f]
+        calls = [c["function"] for m in row["messages"] for c in m.get("tool_calls", [])]
+        assert [(c["name"], json.loads(c["arguments"])) for c in calls] == \
+               [(f["service_call"]["method"], f["service_call"]["parameters"]) for f in frames]
+        assert [json.loads(m["content"]) for m in row["messages"] if m["role"] == "tool"] == \
+               [f["service_results"] for f in frames]
+        assert [m["content"] for m in row["messages"] if m["role"] != "tool" and "content" in m] == \
+               [t["utterance"].strip() for t in old["turns"]]
+        assert not [w for w in review(parse_row(row, "instruct")) if w.code in ("unknown_function", "off_schema")]
+
+
+def test_every_answer_of_a_tree_is_trained_once(shared):
+    path = shared / "data" / "open-assistant" / "en_100_tree.jsonl"
+    result = convert(path)
+    answers, waiting = [], [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+    while waiting:
+        node = waiting.pop()
+        waiting += node["replies"]
+        if node["role"] == "assistant": answers.append(node["text"].strip())
+    trained = [m["content"] for row in result for m in row["messages"] if m["role"] == "assistant" and m["weight"]]
+    assert sorted(trained) == sorted(answers) and failures(result, v3) == failures(result, v7) == {}
 
 
 def test_question_and_answer_file(shared):
@@ -201,7 +251,10 @@ PICTURE = [{"type": "image_url", "image_url": "x"}]
     (said(("gpt", "x"), tools='["f"]'), "bad_tool"),
     ({"messages": [{"role": "user", "content": PICTURE}, {"role": "assistant", "content": "x"}]}, "unsupported"),
     (said({"from": "gpt", "value": "y", "loss_weight": 0.5}), "bad_weight"),
-    ({"text": ""}, "empty_text"), ({"text": "\ud800"}, "bad_unicode"),
+    ({"text": ""}, "empty_text"), ({"ground_truth": []}, "other_format"),
+    ({"parent_id": 1, "text": "a"}, "other_format"),
+    ({"turns": [{"speaker": "USER"}]}, "malformed"), ({"prompt": {"replies": [3]}}, "malformed"),
+    ({"prompt": {"text": "a", "role": "prompter", "replies": []}}, "no_messages"), ({"data": ["a", ""]}, "no_messages"),
 ])
 def test_hopeless_rows_are_skipped_with_a_reason(row, code):
     result = convert([{"text": "fine"}, row])
@@ -275,6 +328,95 @@ def test_parquet_nulls_are_taken_out(tmp_path):
     pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
     functions = [row["tools"][0]["function"] for row in convert(tmp_path / "t.parquet")]
     assert [list(f["parameters"]["properties"]) for f in functions] == [["a"], ["b"]]
+
+
+def test_strings_in_turn_and_chatml():
+    row = only({"id": 1, "data": ["Hi", "Hello", "Why?", "So.", "Thanks"]})
+    assert [m["content"] for m in row["messages"]] == ["Hi", "Hello", "Why?", "So."]
+    text = "<|im_start|>system\nA\n\nB<|im_end|>\n<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\nD"
+    assert only({"text": text}) == only(text)
+    assert [(m["role"], m["content"]) for m in only(text)["messages"]] == [
+        ("system", "A\n\nB"), ("user", "C"), ("assistant", "D")]
+    assert only({"text": f"about {text}"}) == {"text": f"about {text}"}
+
+
+def test_deleted_replies_and_paths_without_a_new_answer_are_left_out():
+    node = lambda role, text, *replies, **more: {"role": role, "text": text, "replies": [*replies], **more}
+    first = node("assistant", "A", node("prompter", "B"), node("prompter", "C", node("assistant", "D")))
+    tree = node("prompter", "Q", first, node("assistant", "X", deleted=True), node("assistant", "E"))
+    told = [[(m["content"], m.get("weight")) for m in row["messages"]] for row in convert([{"prompt": tree}])]
+    assert told == [[("Q", None), ("A", 1)], [("Q", None), ("A", 0), ("C", None), ("D", 1)], [("Q", None), ("E", 1)]]
+
+
+def test_what_is_converted_is_mended_as_the_last_step():
+    name = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a\ud800"}]
+    result = convert([{"messages": name}, {"text": "\ud83d\ude00"}])
+    assert result[0]["messages"][1]["content"] == "a\ufffd" and result[1] == {"text": "\U0001f600"}
+    assert dict(result.mended) == {"characters": 2} and not result.skipped
+
+
+def test_the_table_runs_nothing_of_the_rows():
+    evil = "<img src=x onerror=alert(1)>"
+    page = convert([{"conversations": [{"from": evil, "value": evil}]}, {evil: evil}, {"text": "x"}])._repr_html_()
+    assert "<img" not in page and "&lt;img" in page and "plain text" in page and "unknown_role" in page
+
+
+def test_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's `datasets` is not installed (an extra)")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    want, made = convert(CHATS).rows, datasets.Dataset.from_list(CHATS)
+    assert convert(made).rows == convert(made.to_iterable_dataset()).rows == want
+    parts = datasets.DatasetDict({"train": made, "test": made.select([1])})
+    with pytest.raises(ValueError, match="'train', 'test'.*split='train'"): convert(parts)
+    with pytest.raises(ValueError, match="received 'dev'"): convert(parts, split="dev")
+    assert convert(parts, split="test").rows == want[1:2]
+    assert convert(datasets.DatasetDict({"train": made})).rows == want
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(c) + "\n" for c in CHATS), encoding="utf-8")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert convert(folder).rows == want
+    parts.save_to_disk(tmp_path / "disk"), made.save_to_disk(tmp_path / "one")
+    assert convert(tmp_path / "disk", split="test").rows == want[1:2] and convert(tmp_path / "one").rows == want
+    assert reformat(folder).path == tmp_path / "set.mistral.jsonl"
+    tools = [{"name": n, "parameters": {"type": "object", "properties": {n: {"type": "string"}}}} for n in "ab"]
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rows = convert(datasets.Dataset.from_list([{"messages": chat, "tools": [t]} for t in tools]))
+    assert [[*row["tools"][0]["function"]["parameters"]["properties"]] for row in rows] == [["a"], ["b"]]
+
+
+def test_what_is_neither_a_file_nor_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("someone/a_dataset", tmp_path):
+        with pytest.raises(ValueError, match=r"pip install 'mistral_nb\[datasets\]'"): convert(name)
+    with pytest.raises(FileNotFoundError): convert("missing.jsonl")
+
+
+def test_reformat_writes_beside_and_never_over(tmp_path):
+    source = tmp_path / "a.json"
+    source.write_text(json.dumps([*CHATS, {"rating": 5}, {"text": "plain"}]), encoding="utf-8")
+    before = source.read_bytes()
+    done = reformat(source)
+    assert done.path == tmp_path / "a.mistral.jsonl" and done.rows == 6 and source.read_bytes() == before
+    assert "6 rows made; 5 taken for ShareGPT, 1 taken for plain text" in str(done) and "first at 6" in str(done)
+    assert "plain text" in done._repr_html_() and convert(done.path).rows == convert(source).rows
+    with pytest.raises(ValueError, match="exists already"): reformat(source)
+    with pytest.raises(ValueError, match="another name"): reformat(source, source, overwrite=True)
+    assert reformat(source, kind="instruct", overwrite=True).rows == 5
+    assert dict(reformat(source, tmp_path / "t.jsonl", kind="pretrain").why) == {"wrong_kind": 5, "other_format": 1}
+    with pytest.raises(FileNotFoundError): reformat(tmp_path / "none.jsonl")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mistral.jsonl", "t.jsonl"]
+
+
+def test_a_large_file_is_never_held_whole(tmp_path):
+    source, text = tmp_path / "a.jsonl", "word " * 2000
+    with open(source, "w") as f:
+        for i in range(3000): f.write(json.dumps({"text": f"{i} {text}"}) + "\n")  # 30 MB
+    tracemalloc.start()
+    assert reformat(source).rows == 3000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3e6 and source.stat().st_size > 29e6
 
 
 def test_texts(tmp_path):

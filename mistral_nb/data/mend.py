@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import html
 import json
 import os
 import re
@@ -22,6 +21,9 @@ from pathlib import Path
 from typing import Any
 from typing import BinaryIO
 
+from ..chart import Html
+from ..chart import page
+from ..chart import text
 from .sample import ALSO_CALLED
 from .sample import CODES
 from .sample import OUR_ID
@@ -685,11 +687,10 @@ def diff_lines(before: Any, after: Any, most: int = 200) -> list[str]:
 TINTS = {"-": "background:rgba(248,81,73,.2)", "+": "background:rgba(46,160,67,.2)"}
 
 
-def diff_html(lines: list[str]) -> str:
+def diff_html(lines: list[str]) -> Html:
     """A diff as HTML."""
-    rows = [f'<span style="{TINTS.get(x[:1], "opacity:.7")};display:block">{html.escape(x)}</span>' for x in lines]
-    style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.4;color:inherit"
-    return f'<pre style="{style}">{"".join(rows)}</pre>'
+    rows = [f"<span style='{TINTS.get(x[:1], 'opacity:.7')};display:block'>{text(x)}</span>" for x in lines]
+    return Html(f"<pre>{''.join(rows)}</pre>")
 
 # %% ../../nbs/16_data.mend.ipynb #b518aff0
 @dataclass(frozen=True)
@@ -714,8 +715,8 @@ class Mended:
         return "\n".join([self._words(), *(diff_lines(self.before, self.row) if self.changed else [])])
 
     def _repr_html_(self) -> str:
-        shown = diff_html(diff_lines(self.before, self.row)) if self.changed else ""
-        return f"<p>{html.escape(self._words())}</p>{shown}"
+        shown = [diff_html(diff_lines(self.before, self.row))] if self.changed else []
+        return page(Html(f"<p>{text(self._words())}</p>"), *shown)
 
 # %% ../../nbs/16_data.mend.ipynb #edb0f98b
 STEPS = 60
