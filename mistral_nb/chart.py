@@ -66,7 +66,7 @@ STYLE = """
 .mnb tr,.mnb tr:nth-child(even),.mnb tr:nth-child(odd),.mnb tr:hover,.mnb tbody tr:hover{background:none}
 .mnb thead tr,.mnb thead{border-bottom:1px solid rgba(128,128,128,.5);vertical-align:bottom}
 .mnb th,.mnb td{text-align:left;padding:.25em .9em .25em 0;border:none;vertical-align:top;color:inherit;
- white-space:normal;max-width:none}
+ white-space:normal;max-width:none;overflow-wrap:break-word}
 .mnb th{font-weight:600}.mnb td.n,.mnb th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap;
  overflow-wrap:normal}
 .mnb table.rows tbody tr{border-top:1px solid rgba(128,128,128,.18)}
@@ -92,7 +92,8 @@ def page(
     style: str = "",  # more rules, each beginning with .mnb
 ) -> Html:
     """`parts` as one page with its style."""
-    return Html(f"<div class='mnb'><style>{STYLE}{style}</style>{''.join(map(text, parts))}</div>")
+    inside = "".join(map(text, parts))
+    return Html(f"<div class='mnb mathjax_ignore tex2jax_ignore'><style>{STYLE}{style}</style>{inside}</div>")
 
 
 def heading(words: Any) -> Html:
@@ -117,6 +118,7 @@ def details(
 # %% ../nbs/03_chart.ipynb #21cdffa9
 def is_number(value: Any) -> bool:
     """Whether a cell belongs at the right."""
+    if isinstance(value, str): return bool(re.fullmatch(r"[<>]? ?[\d.,]+ ?%", value))
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
