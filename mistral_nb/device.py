@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 # %% auto #0
-__all__ = ['DTYPES', 'rank', 'world_size', 'default_device', 'DeviceError', 'has_bfloat16', 'compute_dtype', 'device_name',
-           'Memory', 'memory', 'reset_peak', 'product_error', 'product_seconds', 'Float32Check', 'check_float32',
-           'fast_float32', 'use_fast_float32']
+__all__ = ['DTYPES', 'rank', 'world_size', 'default_device', 'gpu_count', 'DeviceError', 'has_bfloat16', 'compute_dtype',
+           'device_name', 'Memory', 'memory', 'reset_peak', 'product_error', 'product_seconds', 'Float32Check',
+           'check_float32', 'fast_float32', 'use_fast_float32']
 
 # %% ../nbs/01_device.ipynb #ea673c80
 def rank() -> int:
@@ -32,6 +32,10 @@ def default_device() -> torch.device:
     "This process's own GPU when there is one, else the CPU."
     if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+def gpu_count() -> int:
+    "How many GPUs there are."
+    return torch.cuda.device_count()
 
 # %% ../nbs/01_device.ipynb #e138a87b
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,7 +15,6 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_nb.data.sample import RowError
 from mistral_nb.data.source import Source
-from mistral_nb.data.source import read_rows
 from mistral_nb.data.store import DamagedStore
 from mistral_nb.data.store import DataError
 from mistral_nb.data.store import Encoder
@@ -24,7 +23,9 @@ from mistral_nb.data.store import Worker
 from mistral_nb.data.store import build_store
 from mistral_nb.data.store import default_workers
 from mistral_nb.data.store import encode_rows
+from mistral_nb.data.store import raw_rows
 from mistral_nb.data.store import read_batches
+from mistral_nb.data.store import read_manifest
 from mistral_nb.data.tokenize import encode_all
 
 v3 = MistralTokenizer.v3()
@@ -55,7 +56,7 @@ def build(path, cache, **options):
 
 
 def stored(cache):
-    return sorted((cache / "tokens").glob("*.arrow"))
+    return sorted(p for p in (cache / "tokens").glob("*") if p.is_dir())
 
 
 def same(a: TokenStore, b: TokenStore):
@@ -125,12 +126,14 @@ def test_an_empty_file_is_an_empty_store(tmp_path):
 @pytest.mark.parametrize("bad, code, workers", [
     ('{"messages": ', "not_json", 1), ({"messages": None}, "no_messages", 1), ("[1]", "not_an_object", 2),
     ({"messages": [{"role": "bot", "content": "x"}]}, "unknown_role", 1)])
-def test_the_first_bad_row(tmp_path, bad, code, workers):
+def test_bad_rows_stop_training_and_are_remembered(tmp_path, monkeypatch, bad, code, workers):
     path = write(tmp_path / "a.jsonl", [chat(i) for i in range(280)] + [bad, {"messages": 1}])
-    with pytest.raises(DataError) as e: build(path, tmp_path, workers=workers)
-    assert (e.value.file, e.value.line, e.value.code) == (str(path), 281, code)
-    assert f"{path}:281: " in str(e.value) and f"[{code}]" in str(e.value) and "mistral-nb validate" in str(e.value)
-    assert not stored(tmp_path) and not list(tmp_path.glob("tokens/*.tmp"))
+    for _ in range(2):
+        with pytest.raises(DataError, match="the first of 2 such rows") as e: build(path, tmp_path, workers=workers)
+        assert (e.value.file, e.value.line, e.value.code, e.value.num) == (str(path), 281, code, 2)
+        assert f"{path}:281: " in str(e.value) and f"[{code}]" in str(e.value) and "mistral-nb validate" in str(e.value)
+        monkeypatch.setattr("mistral_nb.data.store.write_store", lambda job: pytest.fail("read again"))
+    assert len(stored(tmp_path)) == 1 and not list(tmp_path.glob("tokens/*.tmp"))
 
 
 def test_errors_survive_pickling():
@@ -139,30 +142,42 @@ def test_errors_survive_pickling():
     assert (e.file, e.line, e.code) == ("a.jsonl", 3, "not_text") and "a.jsonl:3: messages: why" in str(e)
 
 
-def test_truncated_and_empty_files_are_built_again(file, tmp_path):
+@pytest.mark.parametrize("name", ["samples.arrow", "rows.arrow", "problems.arrow", "manifest.json"])
+def test_truncated_and_empty_files_are_built_again(file, tmp_path, name):
     good, cache = build(file, tmp_path / "good"), tmp_path / "cache"
     build(file, cache)
-    path = stored(cache)[0]
+    path = stored(cache)[0] / name
     whole = path.read_bytes()
     for size in (0, 7, len(whole) // 2, len(whole) - 1):
         path.unlink()  # a mapped file must not shrink under its readers
         path.write_bytes(whole[:size])
         with pytest.warns(UserWarning, match="its store is damaged"): same(build(file, cache), good)
         assert path.read_bytes() == whole
+    path.unlink()
+    with pytest.warns(UserWarning, match="its store is damaged"): same(build(file, cache), good)
 
 
-def test_any_flipped_byte_of_the_data_is_noticed(file, tmp_path):
-    """Each flip is either noticed, or changes nothing that is read (padding)."""
-    cache = tmp_path / "cache"
-    good = build(file, cache)
-    whole, path = stored(cache)[0].read_bytes(), tmp_path / "flipped.arrow"
-    noticed, rng = 0, np.random.default_rng(0)
-    for at in rng.integers(0, len(whole), 150):
-        path.unlink(missing_ok=True)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.integers(8))]) + whole[at + 1:])
-        try: same(TokenStore(read_batches(path), [file]), good)
-        except DamagedStore: noticed += 1
-    assert noticed > 75
+def test_any_flipped_bit_is_noticed(file, tmp_path):
+    build(file, tmp_path)
+    rng, folder = np.random.default_rng(0), stored(tmp_path)[0]
+    for path in folder.glob("*.arrow"):
+        whole = path.read_bytes()
+        for at in rng.integers(0, len(whole), 40):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.integers(8))]) + whole[at + 1:])
+            with pytest.raises(DamagedStore, match="checksum"): read_manifest(folder)
+        path.write_bytes(whole)
+    assert read_manifest(folder)["errors"] == 0
+
+
+def test_tables_of_rows_and_problems(tmp_path):
+    rows = [chat(0), {"messages": [{"role": "bot", "content": "x"}]}, chat(1), chat(3), chat(1)]
+    with pytest.raises(DataError): build(write(tmp_path / "a.jsonl", rows), tmp_path)
+    [folder] = stored(tmp_path)
+    [table], [problems] = read_batches(folder, "rows"), read_batches(folder, "problems")
+    assert table.column("line").to_pylist() == [1, 3, 4, 5] and table.column("turns").to_pylist() == [1, 2, 4, 2]
+    assert table.column("digest")[1] == table.column("digest")[3] != table.column("digest")[2]
+    [problem] = problems.to_pylist()
+    assert (problem["line"], problem["code"], problem["level"]) == (2, "unknown_role", "error")
 
 
 def test_it_is_mapped_not_read(file, tmp_path):
@@ -216,7 +231,8 @@ def test_a_c_locale(file, tmp_path):
     out, err = p.communicate(timeout=60)
     assert p.returncode == 0, err
     assert out.split()[0] == str(len(build(file, tmp_path / "here")))
-    assert stored(tmp_path / "c")[0].read_bytes() == stored(tmp_path / "here")[0].read_bytes()
+    both = [{p.name: p.read_bytes() for p in stored(tmp_path / name)[0].iterdir()} for name in ("c", "here")]
+    assert both[0] == both[1]
     p = start(bad, tmp_path / "c", tmp_path / "log", **old)
     assert "böt" in p.communicate(timeout=60)[1] and p.returncode == 1
 
@@ -235,8 +251,8 @@ import sys, time
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_nb.data.store import Encoder, Worker
 workers = [Worker(Encoder(MistralTokenizer.v3(), "pretrain")) for _ in range(2)]
-workers[0]([{"text": "x"}])
-workers[1]._send([{"text": "word " * 20000}] * 20)
+workers[0]([(0, 1, b'{"text": "x"}', None)])
+workers[1]._send([(0, 1, b'{"text": "' + b"word " * 20000 + b'"}', None)] * 20)
 print(*(w.process.pid for w in workers), flush=True)
 time.sleep(60)
 """
@@ -249,7 +265,7 @@ time.sleep(60)
 
 
 def test_an_abandoned_reading_ends_its_workers(file):
-    rows = encode_rows((r for _ in range(8) for r in read_rows(file)), Encoder(v3, "instruct"), workers=2)
+    rows = encode_rows((r for _ in range(8) for r in raw_rows([file])), Encoder(v3, "instruct"), workers=2)
     next(rows)
     rows.close()
     assert not subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, encoding="utf-8"
@@ -259,7 +275,7 @@ def test_an_abandoned_reading_ends_its_workers(file):
 def test_a_dead_worker_is_said():
     worker = Worker(Encoder(v3, "instruct"))
     worker.process.kill()
-    with pytest.raises(RuntimeError, match="ended with code -9.*workers=1"): worker([chat(1)])
+    with pytest.raises(RuntimeError, match="ended with code -9.*workers=1"): worker([(0, 1, b"{}", None)])
     worker.close()
 
 
@@ -279,7 +295,7 @@ def test_default_workers():
 def test_rows_are_read_a_window_ahead(file):
     """Memory stays bounded: rows are not read further than the workers are."""
     seen = []
-    rows = (seen.append(r.line) or r for _ in range(10) for r in read_rows(file))
+    rows = (seen.append(r[1]) or r for _ in range(10) for r in raw_rows([file]))
     results = encode_rows(rows, Encoder(v3, "instruct"), workers=1)
     next(results)
     assert len(seen) <= 600

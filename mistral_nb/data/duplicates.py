@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['RUN', 'BINS', 'EMPTY', 'BANDS', 'ALIKE', 'hashes', 'sketches', 'digests', 'Twins', 'first_of', 'agreement', 'twins']
+__all__ = ['RUN', 'BINS', 'EMPTY', 'BANDS', 'ALIKE', 'hashes', 'sketches', 'digest_of', 'Twins', 'first_of', 'agreement', 'twins']
 
 # %% ../../nbs/14_data.duplicates.ipynb #cb542897
 RUN = 5  # neighbouring ids hashed together
@@ -57,11 +57,9 @@ def _filled(ids: np.ndarray, lengths: np.ndarray, room: np.ndarray) -> np.ndarra
     return out
 
 
-def digests(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    "A hash of all ids of each row, uint64 [n]."
-    raw, ends = ids.astype(np.int32).tobytes(), np.cumsum(lengths).tolist()
-    parts = (raw[4 * a : 4 * b] for a, b in zip([0, *ends], ends))
-    return np.frombuffer(b"".join(hashlib.blake2b(p, digest_size=8).digest() for p in parts), np.uint64)
+def digest_of(ids: np.ndarray) -> int:
+    "A hash of the ids of one row, 64 bits."
+    return int.from_bytes(hashlib.blake2b(ids.astype(np.int32).tobytes(), digest_size=8).digest(), "little")
 
 # %% ../../nbs/14_data.duplicates.ipynb #aa521314
 BANDS = 8
