@@ -59,8 +59,9 @@ __all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'PIECE', 'WORD', 'MOST_WORDS', '
            'check_results', 'turns', 'stays', 'exact_plan', 'hides_end', 'chosen', 'with_call_end', 'exact_samples',
            'chunked_samples', 'text_sample', 'as_row_error', 'opened', 'encode', 'EncodedRow', 'chat_samples',
            'written_chat', 'written_text', 'Shape', 'position', 'cut', 'one_sample', 'shape_of', 'same_sample',
-           'plain_messages', 'plain_texts', 'is_utf8', 'plain_chat', 'encode_row', 'encode_all', 'prompt_messages',
-           'encode_prompt', 'decode', 'segments', 'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
+           'plain_messages', 'plain_texts', 'is_plain', 'plain_warnings', 'plain_chat', 'encode_row', 'encode_all',
+           'prompt_messages', 'encode_prompt', 'decode', 'segments', 'text_segments', 'parse_tool_calls', 'read_call',
+           'first_json']
 
 # %% ../../nbs/11_data.tokenize.ipynb #22e369ce
 class TokenizerError(ValueError):
@@ -214,14 +215,16 @@ class Remembering:
         ways = [self.words.ids] if by_words(base) else [array_ids(base)] if has_arrays(base) else []
         self.raw = next((way for way in ways if all(way(probe) == slow(probe) for probe in PROBES)), slow)
         self.by_words = self.raw == self.words.ids
-        self.recent = lru_cache(maxsize=256)(self.raw)
+        self.recent = lru_cache(maxsize=256)(self.listed)
 
     def __getattr__(self, name: str) -> Any: return getattr(self.base, name)
 
+    def listed(self, text: str) -> list[int]: return array("i", self.raw(text)).tolist()
+
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         """The ids of a text, in a list of its own."""
-        raw = self.recent(text) if len(text) < 20_000 else self.raw(text)
-        return [self.base.bos_id] * bos + np.frombuffer(raw, np.int32).tolist() + [self.base.eos_id] * eos
+        ids = self.recent(text) if len(text) < 20_000 else self.listed(text)
+        return [self.base.bos_id] * bos + ids + [self.base.eos_id] * eos
 
 
 @lru_cache(maxsize=8)
@@ -514,7 +517,7 @@ def cut(roles: tuple[str, ...], made: TokenSample, texts: list[bytes]) -> Shape 
                  [mask[a // 4:a // 4 + 1] for a in edges[1::2]])
 
 # %% ../../nbs/11_data.tokenize.ipynb #ab8e37ba
-PLAIN_PROBES = ("Message {}.", "▁{}/[x▁", "é🙂\n\n  {}\tbar)”", "[INST]{}[/INST]</s>", "{}")
+PLAIN_PROBES = ("Message {}.", "/{}]\n/[x", "é🙂\n\n  {}\tbar)”", "[INST]{}[/INST]</s>", "{}")
 MOST_MESSAGES = 64
 
 
@@ -563,10 +566,15 @@ def plain_texts(messages: list, roles: tuple[str, ...]) -> list[str]:
     return texts
 
 
-def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold `text`."""
-    try: return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError: return False
+def is_plain(text: str) -> bool:
+    """Whether `text` is valid and has no `▁`."""
+    try: return text.isascii() or bool(text.encode()) and "▁" not in text
+    except UnicodeEncodeError: return False  # the long way says where
+
+
+def plain_warnings(texts: list[str], name: str) -> tuple[RowWarning, ...]:
+    """What `review` says of a plain chat."""
+    return tuple(w for i, text in enumerate(texts) for w in control_text(text, f"{name}[{i}].content"))
 
 
 def plain_chat(row: Any, tokenizer: MistralTokenizer) -> EncodedRow | None:
@@ -574,11 +582,10 @@ def plain_chat(row: Any, tokenizer: MistralTokenizer) -> EncodedRow | None:
     messages = plain_messages(row)
     shape = shape_of(len(messages), tokenizer) if len(messages) > 1 else None
     texts = plain_texts(messages, shape.roles) if shape else []
-    if not texts or not is_utf8(whole := "\n".join(texts)): return None
-    found = [] if not control_text(whole, "") else [warning for i, text in enumerate(texts)
-             for warning in control_text(text, f"{next(iter(row))}[{i}].content")]
+    if not texts or not is_plain(whole := "\n".join(texts)): return None
+    found = plain_warnings(texts, next(iter(row))) if control_text(whole, "") else ()
     made = shape.fill([*map(remembering(tokenizer).tokenizer.raw, texts)])
-    return EncodedRow([made], tuple(found), shape.roles.count("user"), ())
+    return EncodedRow([made], found, shape.roles.count("user"), ())
 
 # %% ../../nbs/11_data.tokenize.ipynb #4431acef
 def encode_row(
