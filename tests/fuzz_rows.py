@@ -105,7 +105,9 @@ def as_text(value, write) -> str:
 
 def spoil(row, rnd: random.Random, rows: list):
     """`row` with one thing replaced, removed, doubled, moved, renamed, put in or written as text."""
-    place = rnd.choice(places(row)[1:] or [()])
+    found = places(row)[1:]
+    deep = [place for place in found if len(place) > 2]
+    place = rnd.choice(deep if deep and rnd.random() < .7 else found or [()])
     if not place: return some_value(rnd, rows)
     at, key = row, place[-1]
     for k in place[:-1]: at = at[k]

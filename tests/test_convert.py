@@ -263,7 +263,9 @@ def test_hopeless_rows_are_skipped_with_a_reason(row, code):
 
 
 keys = st.sampled_from("messages conversations role from content value tools function name text tool_calls arguments "
-                       "question instruction output instances chat system id".split())
+                       "question instruction output instances chat system id "
+                       "turns speaker utterance frames service_call "
+                       "prompt replies data functions from value".split())
 json_like = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                          lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=4), max_leaves=12)
 

@@ -112,14 +112,16 @@ def test_04_an_unknown_role_names_the_allowed_ones_and_the_likely(make):
 
 
 WRONG = {"a list": ([1], "not_an_object", ""), "a string": ("x", "not_an_object", ""),
-         "a number": (3, "not_an_object", ""), "null": (None, "not_an_object", ""), "messages of null": ({"messages": None}, "no_messages", "messages"),
+         "a number": (3, "not_an_object", ""), "null": (None, "not_an_object", ""),
+         "messages of null": ({"messages": None}, "no_messages", "messages"),
          "a number as content": (chat(("user", 5), BOT), "not_text", "messages[0].content"),
          "half a character": (chat(("user", "\ud800"), BOT), "bad_unicode", "messages[0].content"),
          "bytes that are not UTF-8": (b'{"messages": "\xff"}', "not_json", ""),
          "a bad id on a result": (chat(USER, calling(call()), result("x"), BOT), "bad_call_id",
                                   "messages[2].tool_call_id")}
 WRONG_TEXT = {"a list": ([1], "not_an_object"), "a number": ({"text": 3}, "not_text"),
-              "null": ({"text": None}, "not_text"), "no JSON": (b"{", "not_json"), "a chat": (good(1), "wrong_kind"), "nothing": ({"text": ""}, "empty_text")}
+              "null": ({"text": None}, "not_text"),
+              "no JSON": (b"{", "not_json"), "a chat": (good(1), "wrong_kind"), "nothing": ({"text": ""}, "empty_text")}
 
 
 @pytest.mark.parametrize("row, code, field", WRONG.values(), ids=WRONG)

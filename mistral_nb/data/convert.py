@@ -327,7 +327,7 @@ def tree_turns(path: list[dict], seen: set[int]) -> list[dict]:
     "The turns of a path up to its last answer, those of earlier paths untrained; none if no answer is new."
     turns = [{"role": node["role"], "content": node["text"]} for node in path]
     last = max((i for i, turn in enumerate(turns) if role_of(turn, f"turn {i}") == "assistant"), default=-1)
-    new = [i for i in range(last + 1) if role_of(turns[i], f"turn {i}") == "assistant" and id(path[i]) not in seen]
+    new = {i for i in range(last + 1) if role_of(turns[i], f"turn {i}") == "assistant" and id(path[i]) not in seen}
     seen.update(map(id, path))
     return [{**t, "weight": int(i in new)} for i, t in enumerate(turns[:last + 1])] if new else []
 
@@ -563,16 +563,24 @@ def convert(
     data: Any,  # path of a jsonl, json, parquet, csv or txt file; a DataFrame, a dataset of `datasets`, or rows
     answers: Any = None,  # the answers to BFCL's questions, in the same ways
     split: str | None = None,  # of a dataset that has several
+    kind: str | None = None,  # "instruct" or "pretrain", to skip rows of the other kind
+    version: str | None = None,  # tokenizer version whose rules hold, as in `parse_row`
 ) -> Converted:
     "Rows of any known shape as rows that can be trained on."
-    path = Path(data) if isinstance(data, (str, os.PathLike)) else None
-    out = Converted(source=path)
-    out.rows = list(converting(data, out, answers, split))
+    out = Converted(source=Path(data) if isinstance(data, (str, os.PathLike)) else None)
+    out.rows = list(converting(data, out, answers, split, kind, version))
     return out
 
 
-def converting(data: Any, seen: Seen, answers: Any = None, split: str | None = None) -> Iterator[dict]:
-    "The rows that `convert` makes, one at a time; what was seen of them is noted in `seen`."
+def converting(
+    data: Any,  # this and what follows as in `convert`
+    seen: Seen,  # where it is noted what the rows were
+    answers: Any = None,
+    split: str | None = None,
+    kind: str | None = None,
+    version: str | None = None,
+) -> Iterator[dict]:
+    "The rows that `convert` makes, one at a time."
     right = {str(row["id"]): row["ground_truth"] for _, row in read_values(answers)} if answers is not None else {}
     for line, value in read_values(data, split):
         try: made = converted(value, seen.shapes, right)
@@ -580,7 +588,7 @@ def converting(data: Any, seen: Seen, answers: Any = None, split: str | None = N
         except RecursionError: seen.skip(line, "too_deep", "brackets are nested too deep")
         except (TypeError, KeyError, AttributeError, IndexError, ValueError) as e:
             seen.skip(line, "malformed", f"a part of another kind than its shape has: {type(e).__name__} {e}")
-        else: yield from (row for m in made if (row := usable(m, line, seen)))
+        else: yield from (row for m in made if (row := usable(m, line, seen, kind, version)))
 
 
 def converted(value: Any, shapes: Counter, right: dict) -> list[dict]:
@@ -592,9 +600,9 @@ def converted(value: Any, shapes: Counter, right: dict) -> list[dict]:
     return make(value, right.get(str(value.get("id")))) if make is from_bfcl else make(value)
 
 
-def usable(row: dict, line: int, seen: Seen) -> dict | None:
+def usable(row: dict, line: int, seen: Seen, kind: str | None, version: str | None) -> dict | None:
     "`row`, mended if it needs it, or None if it cannot pass the check that training makes."
-    done = mend(row, "pretrain" if "text" in row else "instruct")
+    done = mend(row, kind or ("pretrain" if "text" in row else "instruct"), version)
     if done.error: seen.skip(line, done.error.code, str(done.error))
     for name in set(done.applied) if done.row else (): seen.mended[name] += 1
     return done.row
@@ -636,17 +644,15 @@ def convert_file(
     to: str | Path,  # the new .jsonl file
     answers: Any = None,
     split: str | None = None,
+    kind: str | None = None,
+    version: str | None = None,
     overwrite: bool = False,  # an older result, not the file itself
-    kind: str | None = None,  # "instruct" or "pretrain"; rows of the other kind are then skipped
 ) -> ConvertedFile:
     "Convert row by row into a new file, which appears when it is whole."
     out = ConvertedFile(path=Path(to))
     for source in (data, answers): check_target(out.path, source, overwrite)
     with new_file(out.path) as f:
-        for row in converting(data, out, answers, split):
-            if kind and kind != ("pretrain" if "text" in row else "instruct"):
-                out.skip(0, "wrong_kind", f"a row of the other kind than {kind}")
-                continue
+        for row in converting(data, out, answers, split, kind, version):
             f.write(line_of(row))
             out.rows += 1
     return out
@@ -655,7 +661,7 @@ def convert_file(
 def beside(path: str | Path) -> Path:
     "Where the result of `path` goes if nobody says it."
     path = Path(path)
-    if path.exists(): return path.with_name(f"{path.stem}.mistral.jsonl")
+    if path.exists(): return path.with_name(f"{path.name if path.is_dir() else path.stem}.mistral.jsonl")
     return Path(f"{str(path).replace('/', '__')}.mistral.jsonl")
 
 
@@ -666,6 +672,7 @@ def reformat(
     kind: str | None = None,  # "instruct" or "pretrain"; None: both
     overwrite: bool = False,
     split: str | None = None,
+    version: str | None = None,  # tokenizer version whose rules hold, as in `parse_row`
 ) -> ConvertedFile:
     "Convert and mend a file into a new one."
-    return convert_file(path, beside(path) if to is None else to, answers, split, overwrite, kind)
+    return convert_file(path, beside(path) if to is None else to, answers, split, kind, version, overwrite)
