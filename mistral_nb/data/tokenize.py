@@ -56,8 +56,8 @@ __all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'PIECE', 'WORD', 'MOST_WORDS', '
            'packaged_file', 'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id',
            'normalizer_of', 'normalized', 'by_words', 'Words', 'plain_ids', 'has_arrays', 'array_ids', 'Remembering',
            'remembering', 'Writer', 'without_ids', 'common', 'difference', 'answer', 'TokenSample', 'sample',
-           'check_results', 'turns', 'stays', 'exact_plan', 'hides_end', 'chosen', 'with_call_end', 'exact_samples',
-           'chunked_samples', 'text_sample', 'as_row_error', 'opened', 'encode', 'EncodedRow', 'chat_samples',
+           'check_results', 'turns', 'stays', 'exact_plan', 'chunked_samples', 'hides_end', 'chosen', 'with_call_end',
+           'exact_samples', 'as_row_error', 'text_sample', 'opened', 'encode', 'EncodedRow', 'chat_samples',
            'written_chat', 'written_text', 'Shape', 'position', 'cut', 'one_sample', 'shape_of', 'same_sample',
            'plain_messages', 'plain_texts', 'is_plain', 'plain_warnings', 'plain_chat', 'encode_row', 'encode_all',
            'prompt_messages', 'encode_prompt', 'decode', 'segments', 'text_segments', 'parse_tool_calls', 'read_call',
@@ -374,6 +374,12 @@ def exact_plan(writer: Writer, trained: list[int]) -> Iterator[tuple[int, set[in
         yield max(own) + 1, waiting
         waiting = set()
 
+# %% ../../nbs/11_data.tokenize.ipynb #48428daf
+def chunked_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]:
+    """The reference's samples of a row that trains its last answer: the row, and its beginnings up to each answer."""
+    for i, message in reversed(list(enumerate(writer.request.messages))):
+        if message.role == "assistant": yield sample(writer, i + 1, {i} & set(trained))
+
 # %% ../../nbs/11_data.tokenize.ipynb #787d3e37
 ENDS_EVERY = 4  # of how many rows whose calls all go on, one gets a sample that ends at a call
 
@@ -406,19 +412,6 @@ def exact_samples(writer: Writer, trained: list[int]) -> list[TokenSample]:
     return [sample(writer, *part) for part in with_call_end(writer, list(exact_plan(writer, trained)))]
 
 # %% ../../nbs/11_data.tokenize.ipynb #5826c35f
-def chunked_samples(writer: Writer, trained: list[int]) -> Iterator[TokenSample]:
-    """The reference's samples of a row that trains its last answer: the row, and its beginnings up to each answer."""
-    for i, message in reversed(list(enumerate(writer.request.messages))):
-        if message.role == "assistant": yield sample(writer, i + 1, {i} & set(trained))
-
-
-def text_sample(text: Text, tokenizer: MistralTokenizer) -> TokenSample:
-    """A text from begin to end, every token trained."""
-    fast = remembering(tokenizer).tokenizer
-    ids = np.concatenate([[fast.bos_id], np.frombuffer(fast.raw(text.text), np.int32), [fast.eos_id]], dtype=np.int32)
-    return TokenSample(ids, np.ones(len(ids), bool))
-
-# %% ../../nbs/11_data.tokenize.ipynb #7fa9e6d3
 @contextmanager
 def as_row_error() -> Iterator[None]:
     """Whatever fails inside becomes a `RowError`."""
@@ -426,6 +419,13 @@ def as_row_error() -> Iterator[None]:
     except (RowError, KindError): raise
     except Exception as e:
         raise RowError("tokenizer_refuses", f"mistral-common cannot write this row: {reason(e)}") from e
+
+
+def text_sample(text: Text, tokenizer: MistralTokenizer) -> TokenSample:
+    """A text, every token trained."""
+    fast = remembering(tokenizer).tokenizer
+    ids = np.concatenate([[fast.bos_id], np.frombuffer(fast.raw(text.text), np.int32), [fast.eos_id]], dtype=np.int32)
+    return TokenSample(ids, np.ones(len(ids), bool))
 
 
 def opened(chat: Conversation, tokenizer: MistralTokenizer) -> tuple[Writer, list[int]]:
@@ -533,6 +533,7 @@ def one_sample(roles: tuple[str, ...], texts: list[str], tokenizer: MistralToken
 @lru_cache(maxsize=256)
 def shape_of(count: int, tokenizer: MistralTokenizer) -> Shape | None:
     """The shape of plain chats of `count` messages, if they have one; with a system prompt when the count is odd."""
+    if version_of(tokenizer) == "v1" and not remembering(tokenizer).tokenizer.by_words: return None
     roles, shape = ("system",) * (count % 2) + ("user", "assistant") * (count // 2), None
     for probe in PLAIN_PROBES:
         texts = [probe.format(i) for i in range(count)]
