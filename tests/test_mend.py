@@ -55,6 +55,7 @@ REPAIRED = {
     "messages under another name": ({"conversation": chat(USER, BOT)["messages"]}, ["messages_key"]),
     "messages of null beside the real ones": ({"messages": None, "conversations": chat(USER, BOT)["messages"]},
                                               ["messages_key"]),
+    "messages in a string": ({"messages": str(chat(USER, BOT)["messages"])}, ["messages_text"]),
     "a ShareGPT row": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
                        ["messages_key", "message_keys", "roles"]),
     "a bot": (chat(USER, ("bot", "a")), ["roles"]),

@@ -44,17 +44,18 @@ from .source import read_rows
 __all__ = ['MENDS', 'ESCAPED', 'TURNS', 'SPEAKERS', 'ROLES', 'ALIASES', 'SPELLINGS', 'QUOTED', 'COMMA', 'MARK', 'ARGUMENTS',
            'PARTS', 'YES_NO', 'LABELS', 'TINTS', 'STEPS', 'MOST', 'Mend', 'mending', 'renamed', 'each', 'within',
            'turns_key', 'in_turns', 'in_calls', 'in_functions', 'changed_at', 'whole_characters', 'whole_escapes',
-           'characters', 'role_named', 'messages_key', 'system_key', 'turns_in', 'message_keys', 'with_our_keys',
-           'call_turns', 'roles', 'with_our_role', 'without_double', 'same', 'spellings', 'repaired_json', 'objects_in',
-           'as_json', 'read_objects', 'tools_key', 'tools', 'wrapped_tool', 'with_schema', 'without_repeats',
-           'wrapped_call', 'called', 'function_call', 'with_tool_calls', 'calls', 'with_list_of_calls', 'arguments_key',
-           'with_arguments', 'arguments', 'with_read_arguments', 'arguments_text', 'plain_name', 'with_plain_name',
-           'names', 'schema_types', 'part_text', 'with_text', 'parts', 'results', 'with_result', 'bit', 'weights',
-           'weight_key', 'with_weight', 'only_last', 'blank', 'silent', 'kept', 'silent_turns', 'role_at',
-           'first_turns', 'last_turns', 'mid_system', 'text_in', 'with_content', 'ids', 'linked', 'calls_at', 'new_id',
-           'paired', 'content_beside_calls', 'neighbours', 'join_neighbours', 'can_join', 'pretty', 'diff_lines',
-           'diff_html', 'Mended', 'fault', 'attempts', 'next_step', 'settled', 'chosen', 'mend', 'mendable',
-           'check_target', 'new_file', 'line_of', 'MendedFile', 'mend_file', 'written']
+           'characters', 'role_named', 'messages_key', 'messages_text', 'system_key', 'turns_in', 'message_keys',
+           'with_our_keys', 'call_turns', 'roles', 'with_our_role', 'without_double', 'same', 'spellings',
+           'repaired_json', 'objects_in', 'as_json', 'read_objects', 'tools_key', 'tools', 'wrapped_tool',
+           'with_schema', 'without_repeats', 'wrapped_call', 'called', 'function_call', 'with_tool_calls', 'calls',
+           'with_list_of_calls', 'arguments_key', 'with_arguments', 'arguments', 'with_read_arguments',
+           'arguments_text', 'plain_name', 'with_plain_name', 'names', 'schema_types', 'part_text', 'with_text',
+           'parts', 'results', 'with_result', 'bit', 'weights', 'weight_key', 'with_weight', 'only_last', 'blank',
+           'silent', 'kept', 'silent_turns', 'role_at', 'first_turns', 'last_turns', 'mid_system', 'text_in',
+           'with_content', 'ids', 'linked', 'calls_at', 'new_id', 'paired', 'content_beside_calls', 'neighbours',
+           'join_neighbours', 'can_join', 'pretty', 'diff_lines', 'diff_html', 'Mended', 'fault', 'attempts',
+           'next_step', 'settled', 'chosen', 'mend', 'mendable', 'check_target', 'new_file', 'line_of', 'MendedFile',
+           'mend_file', 'written']
 
 # %% ../../nbs/16_data.mend.ipynb #5b8a07c0
 @dataclass(frozen=True)
@@ -174,6 +175,12 @@ def messages_key(row: dict) -> dict:
     if any(row.get(k) for k in TURNS[:2]): return row
     found = next((k for k in TURNS[2:] if isinstance(row.get(k), list) and row[k]), None)
     return renamed({k: v for k, v in row.items() if k not in TURNS[:2]}, found, "messages") if found else row
+
+
+@mending("read messages that are a list in a string", "no_messages")
+def messages_text(row: dict) -> dict:
+    read = {k: turns for k in TURNS[:2] if (turns := read_objects(row.get(k)))}
+    return {**row, **read} if read else row
 
 
 @mending("take `system` beside the messages as the system prompt", eager=True)
