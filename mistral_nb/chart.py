@@ -72,18 +72,17 @@ STYLE = """
 .mnb table.rows tbody tr{border-top:1px solid rgba(128,128,128,.18)}
 .mnb table.wide{width:100%}
 .mnb .tiles{display:flex;flex-wrap:wrap;gap:.5em;margin:.6em 0}
-.mnb .tile{border:1px solid rgba(128,128,128,.3);border-radius:8px;padding:.45em .9em;min-width:5.5em}
-.mnb .tile b{display:block;font-size:1.35em;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
+.mnb .tile{border:1px solid rgba(128,128,128,.3);border-radius:8px;padding:.4em .7em;min-width:4em}
+.mnb .tile b{display:block;font-size:1.25em;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
 .mnb .fig{border:1px solid rgba(128,128,128,.3);border-radius:8px;padding:.7em .9em;margin:.7em 0}
 .mnb .fig .title{font-weight:600;margin:0 0 .4em}
 .mnb .hist{table-layout:fixed;width:100%}.mnb .hist td{padding:0;overflow:visible;overflow-wrap:normal}
-.mnb .hist td.bar{padding:0 .5px;vertical-align:bottom}.mnb .hist .scale td{border-top:1px solid rgba(128,128,128,.6)}
+.mnb .hist td.bar{vertical-align:bottom}.mnb .hist .scale td{border-top:1px solid rgba(128,128,128,.6)}
 .mnb .hist td.mark{border-left:2px dashed currentColor}
 .mnb details{margin:.35em 0}.mnb summary{cursor:pointer;padding:.15em 0}
 .mnb details>*:not(summary){margin-left:1.1em}
 .mnb .note{border-left:3px solid #e8742c;padding:.25em .8em;margin:.5em 0;background:rgba(232,116,44,.1);
  border-radius:0 6px 6px 0}.mnb .good{border-color:#2f9e5b;background:rgba(47,158,91,.1)}
-@media print{.mnb details>*{display:block}}
 """
 
 
@@ -92,8 +91,8 @@ def page(
     style: str = "",  # more rules, each beginning with .mnb
 ) -> Html:
     """`parts` as one page with its style."""
-    inside = "".join(map(text, parts))
-    return Html(f"<div class='mnb mathjax_ignore tex2jax_ignore'><style>{STYLE}{style}</style>{inside}</div>")
+    inside, style = "".join(map(text, parts)), (STYLE + style).replace(".mnb", ".mnb" * 3)
+    return Html(f"<div class='mnb mathjax_ignore tex2jax_ignore'><style>{style}</style>{inside}</div>")
 
 
 def heading(words: Any) -> Html:
@@ -169,7 +168,7 @@ def bars(
     top = max([*values.values(), 1e-12])
     shown, rest = list(values.items())[:most], list(values.values())[most:]
     if rest: shown.append((f"{len(rest):,} more", sum(rest)))
-    rows = "".join(f"<tr><td>{text(name, 80)}</td><td class=n>{text(words(v))}</td>"
+    rows = "".join(f'<tr><td style="text-align:left">{text(name, 80)}</td><td class=n>{text(words(v))}</td>'
                    f'<td style="width:60%">{stripe(100 * min(v / top, 1), color)}</td></tr>' for name, v in shown)
     return Html(f"<table class='wide'><tbody>{rows}</tbody></table>")
 
@@ -240,15 +239,16 @@ def mark_row(bins: int, at: int, words: Any) -> str:
     """The row over the bars in which the line begins, with its words on the side that has more room."""
     if at * 2 >= bins: before, after = f'<td colspan={at} style="text-align:right">{text(words)}&#160;</td>', ""
     else: before, after = f"<td colspan={at}></td>" if at else "", f"&#160;{text(words)}"
-    return f"<tr>{before}<td class='mark' colspan={bins - at} style=\"border-left:2px dashed\">{after}</td></tr>"
+    line = 'style="border-left:2px dashed;text-align:left"'
+    return f"<tr>{before}<td class='mark' colspan={bins - at} {line}>{after}</td></tr>"
 
 
 def scale_row(edges: np.ndarray, groups: int = 5) -> str:
     """The numbers under the bars."""
     bins = len(edges) - 1
     size = math.ceil(bins / groups)
-    return "<tr class='scale'>" + "".join(
-        f"<td colspan={min(size, bins - i)}>{number(round(edges[i]))}</td>" for i in range(0, bins, size)) + "</tr>"
+    cell = lambda i: f'<td style="text-align:left" colspan={min(size, bins - i)}>{number(round(edges[i]))}</td>'
+    return f"<tr class='scale'>{''.join(map(cell, range(0, bins, size)))}</tr>"
 
 
 def histogram(
@@ -265,8 +265,10 @@ def histogram(
     counts = counted(values, edges)
     bins, top, at = len(counts), max(int(counts.max()), 1), int((edges[1:] <= mark).sum()) if mark else len(counts)
     inside = bool(mark) and at < bins
-    bar = lambda j, n: (f"<td class='bar{' mark' if inside and j == at else ''}' title='{ends(edges, j)}: {n:,}' style="
-                        f'"vertical-align:bottom;height:9em">{column(n, top, ORANGE if j >= at else BLUE, log)}</td>')
+    look = 'style="vertical-align:bottom;height:9em;padding:0 1px 0 0"'
+    name = lambda j: "bar mark" if inside and j == at else "bar"
+    bar  = lambda j, n: (f"<td class='{name(j)}' title='{ends(edges, j)}: {n:,}' {look}>"
+                         f"{column(n, top, ORANGE if j >= at else BLUE, log)}</td>")
     rows = [mark_row(bins, at, mark_words) if inside else "",
             f"<tr>{''.join(bar(j, n) for j, n in enumerate(counts.tolist()))}</tr>", scale_row(edges)]
     about = f"{unit} · highest bar {top:,}" + " · heights are logarithmic" * log

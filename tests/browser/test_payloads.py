@@ -104,3 +104,53 @@ def test_tokens(lab: Lab) -> None:
     assert not book.fired()
     book.shot("tokens", browser)
     book.close()
+
+
+REPORT = """
+import json
+from pathlib import Path
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_nb.config import TrainConfig
+from mistral_nb.data.mend import mend
+from mistral_nb.data.report import validate
+from mistral_nb.data.tokenize import PACKAGE
+from mistral_nb.ui import dashboard
+from IPython.display import display
+tokenizer = MistralTokenizer.from_file(PACKAGE / "mistral_instruct_tokenizer_240323.model.v3")
+home = Path("report").resolve()
+sources = json.loads((home / "sources.json").read_text())
+cfg = TrainConfig.from_dict({"model_id_or_path": str(home), "run_dir": str(home / "run"), "seq_len": 128,
+                             "max_steps": 4, "data.instruct_data": ",".join(str(home / s) for s in sources)})
+report = validate(cfg, tokenizer, world=1, workers=1, progress=False)
+"""
+FILES = ["<img src=x onerror=window.__fired=1>.jsonl", "'onfocus=window.__fired=1 autofocus='.jsonl",
+         "<script>window.__fired=1</script>.jsonl"]
+
+
+def test_report(lab: Lab) -> None:
+    """A report on files of payloads, with payloads in their names: the page, and every problem opened."""
+    home = lab.work / "report"
+    for name, lines in zip(FILES, (rows(PAYLOADS), broken(PAYLOADS), broken(PAYLOADS[::-1])[:30])):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (home / "sources.json").write_text(json.dumps(FILES))
+    book = lab.open(notebook(REPORT, "report", "for p in report.problems[::9]: display(report.preview(p.file, p.line))",
+                             "report.mend(to=\"elsewhere\")"), "report")
+    book.run()
+    page, widgets = book.page, book.page.locator(".jp-CodeCell").nth(1)
+    page.evaluate("() => document.querySelectorAll('.jp-Notebook details').forEach(d => d.open = true)")
+    number = widgets.locator("input[type=number]")
+    number.wait_for()
+    total = int(number.get_attribute("max") or 0) or 60
+    for view in ("tokens", "row", "before and after"):
+        widgets.get_by_role("button", name=view).click()
+        for at in range(1, total, 5 if view == "tokens" else 3):
+            number.fill(str(at)); number.press("Enter")
+    widgets.locator("input[type=text]").first.fill("<img"); widgets.locator("input[type=text]").first.press("Enter")
+    widgets.get_by_role("button", name="Mend into new files").click()
+    book.shot("mending"); widgets.get_by_text("Mended into new files").wait_for(timeout=20_000)
+    widgets.get_by_role("button", name="Write .corrected").click()
+    widgets.get_by_text("files written").wait_for()
+    assert not book.fired()
+    book.shot("report-payloads")
+    book.close()
