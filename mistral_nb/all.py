@@ -24,14 +24,18 @@ from .model.transformer import Transformer
 from .run import Run
 from .run import train
 from .train.trainer import TrainingError
+from .ui.dashboard import Dashboard
+from .ui.tokens import TokenBrowser
+from .ui.tokens import TokenView
 from .weights.checkpoint import load_model
 
 # %% auto #0
-__all__ = ['Batch', 'ConfigError', 'LoraConfig', 'ModelArgs', 'Report', 'Run', 'TokenSample', 'TrainConfig', 'TrainLoader',
-           'TrainingError', 'Transformer', 'adapters_off', 'convert', 'demo_config', 'encode', 'generate', 'load_model',
-           'load_tokenizer', 'run_demo', 'train', 'validate']
+__all__ = ['Batch', 'ConfigError', 'Dashboard', 'LoraConfig', 'ModelArgs', 'Report', 'Run', 'TokenBrowser', 'TokenSample',
+           'TokenView', 'TrainConfig', 'TrainLoader', 'TrainingError', 'Transformer', 'adapters_off', 'convert',
+           'demo_config', 'encode', 'generate', 'load_model', 'load_tokenizer', 'run_demo', 'train', 'validate']
 
 # %% ../nbs/79_all.ipynb #25af5a19
-_all_ = ["Batch", "ConfigError", "LoraConfig", "ModelArgs", "Report", "Run", "TokenSample", "TrainConfig",
-         "TrainLoader", "TrainingError", "Transformer", "adapters_off", "convert", "demo_config", "encode", "generate",
-         "load_model", "load_tokenizer", "run_demo", "train", "validate"]
+_all_ = ["Batch", "ConfigError", "Dashboard", "LoraConfig", "ModelArgs", "Report", "Run", "TokenBrowser",
+         "TokenSample", "TokenView", "TrainConfig", "TrainLoader", "TrainingError", "Transformer",
+         "adapters_off", "convert", "demo_config", "encode", "generate", "load_model", "load_tokenizer",
+         "run_demo", "train", "validate"]
