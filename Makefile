@@ -30,7 +30,7 @@ demo: $(VENV)/.run ## fine-tune the built-in model on its tool-calling task
 	$(VENV)/bin/mistral-nb demo
 
 test: $(VENV)/.dev ## lint, export check, every notebook, every test
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev ## ruff over the package, the notebooks and the tests
 	$(VENV)/bin/ruff check mistral_nb nbs tutorials tests scripts benchmarks setup.py
