@@ -282,6 +282,7 @@ def test_a_file(tmp_path):
     assert dict(done.changed) == {"roles": 1, "first_turns": 1, "last_turns": 1}
     assert [(line, code) for line, code, _ in done.dropped] == [(3, "wrong_kind"), (5, "not_json"), (7, "not_json")]
     assert "4 rows, 2 of them mended; 3 dropped" in str(done) and "2 dropped, not_json" in str(done)
+    assert "<td>not_json</td>" in done._repr_html_() and "rename roles" in done._repr_html_()
     assert (tmp_path / "in.jsonl").read_bytes() == before
     assert [p.name for p in done.path.parent.iterdir()] == ["out.jsonl"]
     again = mend_file(done.path, tmp_path / "again.jsonl", progress=False)

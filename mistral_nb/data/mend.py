@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from ..chart import Html
 from ..chart import page
+from ..chart import table
 from ..chart import text
 from .sample import ALSO_CALLED
 from .sample import CODES
@@ -840,19 +841,33 @@ class MendedFile:
     mended: int = 0  # of these, rows that were changed
     changed: Counter = field(default_factory=Counter)  # rows by name of mend
     dropped: list[tuple[int, str, str]] = field(default_factory=list)  # line, code, reason; the first 10,000
-    num_dropped: int = 0
+    why: Counter = field(default_factory=Counter)  # all dropped rows by code
+
+    @property
+    def num_dropped(self) -> int:
+        """How many rows are left out."""
+        return self.why.total()
 
     def drop(self, line: int, error: RowError) -> None:
         """Count a row that is left out."""
-        self.num_dropped += 1
+        self.why[error.code] += 1
         if len(self.dropped) < MOST: self.dropped.append((line, error.code, str(error)))
 
     def __str__(self) -> str:
-        why = Counter(code for _, code, _ in self.dropped)
-        lines = [f"{self.path}: {self.rows:,} rows, {self.mended:,} of them mended; {self.num_dropped:,} dropped"]
+        lines = [self._words()]
         lines += [f"    {num:,} × {MENDS[name].what}" for name, num in self.changed.most_common()]
-        lines += [f"    {num:,} dropped, {code}: {CODES[code]}" for code, num in why.most_common()]
+        lines += [f"    {num:,} dropped, {code}: {CODES[code]}" for code, num in self.why.most_common()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        first = {code: (line, reason) for line, code, reason in reversed(self.dropped)}
+        mended = table(["rows", "mended"], [[num, MENDS[name].what] for name, num in self.changed.most_common()])
+        lost = [[num, code, *first[code]] for code, num in self.why.most_common()]
+        dropped = [table(["dropped", "code", "first at", "reason"], lost)] if lost else []
+        return page(self._words(), *([mended] if self.changed else []), *dropped)
+
+    def _words(self) -> str:
+        return f"{self.path}: {self.rows:,} rows, {self.mended:,} of them mended; {self.num_dropped:,} dropped"
 
 
 def mend_file(
