@@ -1,7 +1,8 @@
 """Spoils real rows in every way and looks whether anything stumbles: `python tests/fuzz_rows.py 100000 [seed]`.
 
 Each spoiled row must become samples or a `RowError` with a known code; mending it must give a valid row or an error,
-must not change its argument, and mending twice must change nothing more.
+must not change its argument, and mending twice must change nothing more. Converting it must give valid rows or reasons,
+and converting these again must change nothing.
 """
 
 import copy
@@ -139,6 +140,9 @@ def check(row, tokenizer, kind: str) -> str:
         again = mend(done.row, kind, version_of(tokenizer))
         assert not again.changed and again.row is done.row, f"mended twice: {again.applied}"
         if first == "good" and not done.changed: assert done.row is row
+    made = convert([row])
+    assert same(row, before) and (made.rows or made.skipped)
+    assert same(convert(made.rows).rows, made.rows), "converting twice changes something"
     return f"{first:18} {'not mended' if done.error else 'mended' if done.changed else 'as it was'}"
 
 
