@@ -3,6 +3,10 @@
 Each would set `window.__fired`, open a dialog, or ask for an address at `payload.invalid`; no page of ours may do so.
 """
 
+import json
+import re
+from html.parser import HTMLParser
+
 JS = "window.__fired=1"
 URL = "http://payload.invalid/x"
 
@@ -100,3 +104,79 @@ PAYLOADS = [
     "%s%n{0}{x!r}",
     "\ud800<b>half</b>",
 ]
+
+
+def rows(texts: list[str]) -> list[dict]:
+    """Rows in which every field of a user carries a payload, and whose tokens can be shown."""
+    out = []
+    for i, text in enumerate(texts):
+        call = {"id": "abcdefgh1", "type": "function", "function": {
+            "name": "look", "arguments": json.dumps({text: text})}}
+        tool = {"type": "function", "function": {"name": "look", "description": text, "parameters": {
+            "type": "object", "title": text, "properties": {"x": {"type": "string", "description": text}}}}}
+        out.append({"tools": [tool], "messages": [
+            {"role": "system", "content": text}, {"role": "user", "content": text},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "abcdefgh1", "name": f"t{i}", "content": text},
+            {"role": "assistant", "content": text}]})
+    return out
+
+
+def broken(texts: list[str]) -> list[dict]:
+    """Rows each with a fault whose message quotes the payload."""
+    user, ends = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    tool = lambda **f: {"type": "function", "function": {"name": "f", "description": "", "parameters": {}} | f}
+    calls = lambda **c: {"role": "assistant", "tool_calls": [{"id": "abcdefgh1", "type": "function", "function": {
+        "name": "f", "arguments": "{}"} | c.pop("function", {})} | c]}
+    make = [
+        lambda t: {"messages": [{"role": t, "content": t}, ends]},
+        lambda t: {t: t, "conversations": [{"from": t, "value": t}]},
+        lambda t: {"messages": [user, calls(id=t), {"role": "tool", "content": t, "tool_call_id": t}, ends]},
+        lambda t: {"messages": [user, calls(function={"name": t, "arguments": t})]},
+        lambda t: {"tools": [tool(name=t, description=t)], "messages": [user, ends]},
+        lambda t: {"tools": [{"type": t, t: t}], "messages": [user, ends]},
+        lambda t: {"messages": [{"role": "user", "content": [{"type": t, t: t}]}, ends]},
+        lambda t: {"messages": [user, {**ends, "weight": t}]},
+        lambda t: {"messages": {t: t}},
+        lambda t: {"messages": [user, {"role": "assistant", t: t}]},
+        lambda t: {"messages": [user, ends, {"role": "user", "content": t}]},
+        lambda t: {"prompt": t, "completion": t, t: [t]},
+    ]
+    return [make[i % len(make)](text) for i, text in enumerate(texts)]
+
+
+ELEMENTS = set("div style h3 p b i u s span br wbr code pre details summary table thead tbody tr th td".split())
+ATTRIBUTES = {"class", "style", "title", "colspan", "open"}
+STYLES = re.compile(r"(width|height|margin-top|padding|border-left|text-align|vertical-align|background-color|"
+                    r"background|color|display|opacity|white-space|overflow-wrap|line-height):[-#%.(), \w]*")
+
+
+class Checked(HTMLParser):
+    """Collects what in a page is not one of our elements with one of our attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.strange = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ELEMENTS: self.strange.append(tag)
+        for name, value in attrs:
+            styles = value.strip(";").split(";") if name == "style" else []
+            bad = [s for s in styles if not STYLES.fullmatch(s.strip()) or "url" in s]
+            if name not in ATTRIBUTES or bad: self.strange.append(f"{tag} {name}={value}")
+
+    def handle_comment(self, data: str) -> None: self.strange.append(f"comment {data}")
+
+    def handle_decl(self, decl: str) -> None: self.strange.append(f"declaration {decl}")
+
+    def unknown_decl(self, data: str) -> None: self.strange.append(f"declaration {data}")
+
+    def handle_pi(self, data: str) -> None: self.strange.append(f"instruction {data}")
+
+
+def strange(page: str) -> list[str]:
+    """What in a page of ours is not ours; a page without a payload that got through has nothing."""
+    parser = Checked()
+    parser.feed(page)
+    parser.close()
+    return parser.strange

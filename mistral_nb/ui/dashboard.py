@@ -239,7 +239,8 @@ def outlook_html(report: Report) -> list[Html]:
     words = f"max_steps {e['max_steps']:,} reads {e['train_tokens']:,} tokens: {e['epochs']} epochs{time}"
     rate  = e["train_tokens"] / max(e["max_steps"], 1)
     rows  = [[f"{n} epoch{'s' * (n != 1)}", steps, round(steps * rate)] for n, steps in e["steps_for_epochs"].items()]
-    return [figure(words, table(["for", "max_steps", "tokens"], rows), Html(f"<p class='quiet'>{text(speed)}</p>"))]
+    known = [Html(f"<p class='quiet'>{text(speed)}</p>")] if speed else []
+    return [figure(words, table(["for", "max_steps", "tokens"], rows), *known)]
 
 # %% ../../nbs/63_ui.dashboard.ipynb #a478582c
 def report_page(report: Report) -> str:

@@ -11,47 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab import Lab
 from lab import until
 from payloads import PAYLOADS
+from payloads import broken
+from payloads import rows
 
 pytestmark = pytest.mark.xdist_group("browser")
-
-
-def rows(texts: list[str]) -> list[dict]:
-    """Rows in which every field of a user carries a payload, and whose tokens can be shown."""
-    out = []
-    for i, text in enumerate(texts):
-        call = {"id": "abcdefgh1", "type": "function", "function": {
-            "name": "look", "arguments": json.dumps({text: text})}}
-        tool = {"type": "function", "function": {"name": "look", "description": text, "parameters": {
-            "type": "object", "title": text, "properties": {"x": {"type": "string", "description": text}}}}}
-        out.append({"tools": [tool], "messages": [
-            {"role": "system", "content": text}, {"role": "user", "content": text},
-            {"role": "assistant", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "abcdefgh1", "name": f"t{i}", "content": text},
-            {"role": "assistant", "content": text}]})
-    return out
-
-
-def broken(texts: list[str]) -> list[dict]:
-    """Rows each with a fault whose message quotes the payload."""
-    user, ends = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    tool = lambda **f: {"type": "function", "function": {"name": "f", "description": "", "parameters": {}} | f}
-    calls = lambda **c: {"role": "assistant", "tool_calls": [{"id": "abcdefgh1", "type": "function", "function": {
-        "name": "f", "arguments": "{}"} | c.pop("function", {})} | c]}
-    make = [
-        lambda t: {"messages": [{"role": t, "content": t}, ends]},
-        lambda t: {t: t, "conversations": [{"from": t, "value": t}]},
-        lambda t: {"messages": [user, calls(id=t), {"role": "tool", "content": t, "tool_call_id": t}, ends]},
-        lambda t: {"messages": [user, calls(function={"name": t, "arguments": t})]},
-        lambda t: {"tools": [tool(name=t, description=t)], "messages": [user, ends]},
-        lambda t: {"tools": [{"type": t, t: t}], "messages": [user, ends]},
-        lambda t: {"messages": [{"role": "user", "content": [{"type": t, t: t}]}, ends]},
-        lambda t: {"messages": [user, {**ends, "weight": t}]},
-        lambda t: {"messages": {t: t}},
-        lambda t: {"messages": [user, {"role": "assistant", t: t}]},
-        lambda t: {"messages": [user, ends, {"role": "user", "content": t}]},
-        lambda t: {"prompt": t, "completion": t, t: [t]},
-    ]
-    return [make[i % len(make)](text) for i, text in enumerate(texts)]
 
 
 def notebook(*cells: str) -> nbformat.NotebookNode:
