@@ -18,8 +18,12 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_nb.data import tokenize
 from mistral_nb.data.sample import RowError
 from mistral_nb.data.tokenize import PACKAGE
+from mistral_nb.data.tokenize import PROBES
 from mistral_nb.data.tokenize import EncodedRow
+from mistral_nb.data.tokenize import Remembering
+from mistral_nb.data.tokenize import TekkenWords
 from mistral_nb.data.tokenize import Words
+from mistral_nb.data.tokenize import array_ids
 from mistral_nb.data.tokenize import decode
 from mistral_nb.data.tokenize import encode_all
 from mistral_nb.data.tokenize import encode_row
@@ -74,7 +78,7 @@ def test_awkward_texts_are_written_as_mistral_common_writes_them(name, tokenizer
     for blank in BLANKS:
         places = ["{0}", "{0}{0}", "a{0}b", " {0} ", "a {0}b", "a{0} b", "{0}\n{0}", "\n{0}a", "a{0}", "{0}a", "a\n{0}"]
         assert mismatches(tokenizers[name], [place.format(blank) for place in places]) == [], repr(blank)
-    assert mismatches(tokenizers[name], made_texts(20_000 if name == "v3" else 3_000)) == []
+    assert mismatches(tokenizers[name], made_texts(20_000 if name in ("v3", "tekken 240911") else 3_000)) == []
 
 
 any_text = st.text(st.one_of(st.sampled_from(" \n\t▁ab."), st.characters(exclude_categories=["Cs"])), max_size=80)
@@ -127,14 +131,37 @@ def test_real_texts_are_written_as_mistral_common_writes_them(name, tokenizers, 
     assert done == count
 
 
-def test_the_memory_of_words_is_bounded(tokenizers, monkeypatch):
+@pytest.mark.parametrize("name", ["v3", "tekken 240911"])
+def test_the_memory_of_words_is_bounded(name, tokenizers, monkeypatch):
     monkeypatch.setattr(tokenize, "MOST_WORDS", 50)
-    base = tokenizers["v3"].instruct_tokenizer.tokenizer
-    words = Words(base.encode)
+    base = tokenizers[name].instruct_tokenizer.tokenizer
+    words = Words(base.encode) if name == "v3" else TekkenWords(array_ids(base))
     for i in range(400):
         text = f"word{i} other{i % 7}\n{i} {'long' * 20}"
         assert np.frombuffer(words.ids(text), np.int32).tolist() == base.encode(text, bos=False, eos=False)
         assert len(words) <= 50 and all(len(word) <= tokenize.LONGEST_WORD for word in words)
+
+
+def test_a_tekken_with_another_pattern_is_not_cut_at_spaces(tmp_path):
+    path = write_tekken(tmp_path, "v7")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["config"]["pattern"] = r"\w+ \w+|\s+|."  # joins two words
+    path.write_text(json.dumps(data), encoding="utf-8")
+    other = MistralTokenizer.from_file(path)
+    fast = remembering(other).tokenizer
+    assert not fast.by_words and "array_ids" in fast.raw.__qualname__
+    assert mismatches(other, ["two words and two", *PROBES, *made_texts(500)]) == []
+
+
+def test_without_arrays_the_ids_are_those_of_mistral_common(tokenizers):
+    class Old:
+        """As with a tiktoken that gives no arrays."""
+        def __init__(self, base): self.base, self._model = base, object()
+        def __getattr__(self, name): return getattr(self.base, name)
+    base = tokenizers["tekken 240911"].instruct_tokenizer.tokenizer
+    fast = Remembering(Old(base))
+    assert not fast.by_words and "plain_ids" in fast.raw.__qualname__
+    for text in PROBES: assert fast.encode(text, bos=True, eos=True) == base.encode(text, bos=True, eos=True)
 
 
 # ---- plain chats

@@ -5,6 +5,7 @@
 # %% ../../nbs/11_data.tokenize.ipynb #86d4dd24
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -51,17 +52,17 @@ from .sample import reason
 from .sample import review
 
 # %% auto #0
-__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'PIECE', 'WORD', 'MOST_WORDS', 'LONGEST_WORD', 'BLANKS', 'PROBES', 'NO_IDS',
-           'ENDS_EVERY', 'PLAIN_PROBES', 'MOST_MESSAGES', 'CONTROL', 'TokenizerError', 'tokenizer_file',
+__all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'PIECE', 'WORD', 'MOST_WORDS', 'LONGEST_WORD', 'CUT', 'BLANKS', 'PROBES',
+           'NO_IDS', 'ENDS_EVERY', 'PLAIN_PROBES', 'MOST_MESSAGES', 'CONTROL', 'TokenizerError', 'tokenizer_file',
            'packaged_file', 'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id',
-           'normalizer_of', 'normalized', 'by_words', 'Words', 'plain_ids', 'has_arrays', 'array_ids', 'Remembering',
-           'remembering', 'Writer', 'without_ids', 'common', 'difference', 'answer', 'TokenSample', 'sample',
-           'check_results', 'turns', 'stays', 'exact_plan', 'chunked_samples', 'hides_end', 'chosen', 'with_call_end',
-           'exact_samples', 'as_row_error', 'text_sample', 'opened', 'encode', 'EncodedRow', 'chat_samples',
-           'written_chat', 'written_text', 'Shape', 'position', 'cut', 'one_sample', 'shape_of', 'same_sample',
-           'plain_messages', 'plain_texts', 'is_plain', 'plain_warnings', 'plain_chat', 'encode_row', 'encode_all',
-           'prompt_messages', 'encode_prompt', 'decode', 'segments', 'text_segments', 'parse_tool_calls', 'read_call',
-           'first_json']
+           'normalizer_of', 'normalized', 'by_words', 'Words', 'plain_ids', 'has_arrays', 'array_ids', 'cuts_at_spaces',
+           'Uncut', 'TekkenWords', 'ways', 'Remembering', 'remembering', 'Writer', 'without_ids', 'common',
+           'difference', 'answer', 'TokenSample', 'sample', 'check_results', 'turns', 'stays', 'exact_plan',
+           'chunked_samples', 'hides_end', 'chosen', 'with_call_end', 'exact_samples', 'as_row_error', 'text_sample',
+           'opened', 'encode', 'EncodedRow', 'chat_samples', 'written_chat', 'written_text', 'Shape', 'position', 'cut',
+           'one_sample', 'shape_of', 'same_sample', 'plain_messages', 'plain_texts', 'is_plain', 'plain_warnings',
+           'plain_chat', 'encode_row', 'encode_all', 'prompt_messages', 'encode_prompt', 'decode', 'segments',
+           'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
 
 # %% ../../nbs/11_data.tokenize.ipynb #22e369ce
 class TokenizerError(ValueError):
@@ -170,13 +171,17 @@ class Words(dict):
     def __init__(self, encode: Callable[..., list[int]]): self.encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        ids = self.encode(word or "\n", bos=False, eos=False)
-        if not word: ids = ids[:1]  # the space before every text
-        elif word[0] == "\n": ids = ids[1:]  # without it
-        found = array("i", ids).tobytes()
+        found = self.learn(word)
         if len(self) >= MOST_WORDS: self.clear()
         if len(word) <= LONGEST_WORD: self[word] = found
         return found
+
+    def learn(self, word: str) -> bytes:
+        """The ids of a word behind a space or, with its line break, at the beginning of a line."""
+        ids = self.encode(word or "\n", bos=False, eos=False)
+        if not word: ids = ids[:1]  # the space before every text
+        elif word[0] == "\n": ids = ids[1:]  # without it
+        return array("i", ids).tobytes()
 
     def ids(self, text: str) -> bytes:
         """The ids of a text, word by word."""
@@ -201,20 +206,54 @@ def array_ids(base: Any) -> Callable[[str], bytes]:
     encode, first = base._model.encode_to_numpy, np.uint32(base.num_special_tokens)
     return lambda text: (encode(text) + first).tobytes()
 
+# %% ../../nbs/11_data.tokenize.ipynb #6890addf
+CUT = "1d64a9a8eaf9f1bd80331984d81fdd51"  # begins the SHA-256 of the pattern
+
+
+def cuts_at_spaces(base: Any) -> bool:
+    """Whether `base` cuts texts with the known pattern."""
+    pattern = getattr(getattr(base, "_model", None), "_pat_str", "")
+    return hashlib.sha256(pattern.encode()).hexdigest().startswith(CUT)
+
+
+class Uncut(Exception):
+    """A word with white space at its end, or none."""
+
+
+class TekkenWords(Words):
+    """The ids of words behind a space; `encode` gives those of a text as bytes."""
+
+    def learn(self, word: str) -> bytes:
+        if not word or word[-1].isspace(): raise Uncut
+        return self.encode(" " + word)
+
+    def ids(self, text: str) -> bytes:
+        """The ids of a text, word by word if it can be cut."""
+        first, *rest = text.split(" ")
+        if not first or first[-1].isspace() or "  " in text or "\n " in text: return self.encode(text)
+        try: return b"".join([self.encode(first), *map(self.__getitem__, rest)])
+        except Uncut: return self.encode(text)
+
 # %% ../../nbs/11_data.tokenize.ipynb #6517b6c0
 BLANKS = "\t\r\v\f\x1c\x85\xa0\u1680\u2002\u200a\u2028\u202f\u3000\ufeff"
 PROBES = ("One  two\tthree\r\n\n ½ ﬁ Å Å ｆｕｌｌ x <s> [INST] 你好 🙂\u2028\u200b\u0000 end  ", " ", "\n", "  \n \n",
           "\n\nx\n y ", *(f"a{blank} b {blank}\n{blank}{blank}" for blank in BLANKS))
 
 
+def ways(base: Any) -> Iterator[Callable[[str], bytes]]:
+    """Quick ways to the ids of a text that should be exact for `base`, the quickest first."""
+    if by_words(base): yield Words(base.encode).ids
+    if has_arrays(base) and cuts_at_spaces(base): yield TekkenWords(array_ids(base)).ids
+    if has_arrays(base): yield array_ids(base)
+
+
 class Remembering:
     """A tokenizer of mistral-common that is quicker; in all else it is the one it is given."""
 
     def __init__(self, base: Any):
-        self.base, self.words, slow = base, Words(base.encode), plain_ids(base)
-        ways = [self.words.ids] if by_words(base) else [array_ids(base)] if has_arrays(base) else []
-        self.raw = next((way for way in ways if all(way(probe) == slow(probe) for probe in PROBES)), slow)
-        self.by_words = self.raw == self.words.ids
+        self.base, slow = base, plain_ids(base)
+        self.raw = next((way for way in ways(base) if all(way(probe) == slow(probe) for probe in PROBES)), slow)
+        self.by_words = isinstance(getattr(self.raw, "__self__", None), Words)
         self.recent = lru_cache(maxsize=256)(self.listed)
 
     def __getattr__(self, name: str) -> Any: return getattr(self.base, name)
