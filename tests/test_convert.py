@@ -251,7 +251,7 @@ PICTURE = [{"type": "image_url", "image_url": "x"}]
     (said(("gpt", "x"), tools='["f"]'), "bad_tool"),
     ({"messages": [{"role": "user", "content": PICTURE}, {"role": "assistant", "content": "x"}]}, "unsupported"),
     (said({"from": "gpt", "value": "y", "loss_weight": 0.5}), "bad_weight"),
-    ({"text": ""}, "empty_text"), ({"ground_truth": []}, "other_format"),
+    ({"text": ""}, "empty_text"), ({"instruction": "a", "instances": []}, "no_messages"), ({"ground_truth": []}, "other_format"),
     ({"parent_id": 1, "text": "a"}, "other_format"),
     ({"turns": [{"speaker": "USER"}]}, "malformed"), ({"prompt": {"replies": [3]}}, "malformed"),
     ({"prompt": {"text": "a", "role": "prompter", "replies": []}}, "no_messages"), ({"data": ["a", ""]}, "no_messages"),

@@ -597,7 +597,9 @@ def converted(value: Any, shapes: Counter, right: dict) -> list[dict]:
     shape = shape_of(value)
     shapes[shape] += 1
     make = SHAPES[shape][1]
-    return make(value, right.get(str(value.get("id")))) if make is from_bfcl else make(value)
+    rows = make(value, right.get(str(value.get("id")))) if make is from_bfcl else make(value)
+    if rows: return rows
+    raise RowError("no_messages", "no question with an answer is in it")
 
 
 def usable(row: dict, line: int, seen: Seen, kind: str | None, version: str | None) -> dict | None:
