@@ -5,7 +5,6 @@
 # %% ../../nbs/63_ui.dashboard.ipynb #c76f935d
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -209,11 +208,14 @@ def lengths_html(report: Report) -> list[Html]:
     return out
 
 
-def shares_html(report: Report) -> Html:
-    """What of the tokens is trained."""
-    tokens, trained = total(report, "tokens"), total(report, "trained_tokens")
-    return figure(f"{percent(trained, tokens)} of the tokens are trained, the rest is their context",
-                  shares({"trained": trained, "context": tokens - trained}, (GREEN, GREY), " tokens"))
+def shares_html(report: Report) -> list[Html]:
+    """What of the tokens is trained, and what is lost at the cut."""
+    tokens, trained, lost = (total(report, name) for name in ("tokens", "trained_tokens", "lost_tokens"))
+    out = [figure(f"{percent(trained, tokens)} of the tokens are trained, the rest is their context",
+                  shares({"trained": trained, "context": tokens - trained}, (GREEN, GREY), " tokens"))]
+    if lost: out.append(figure(f"{percent(lost, tokens)} of the tokens lie behind seq_len and are lost",
+                               shares({"kept": tokens - lost, "lost": lost}, (BLUE, ORANGE), " tokens")))
+    return out
 
 
 def uses_html(report: Report) -> list[Html]:
@@ -248,7 +250,7 @@ def report_page(report: Report) -> str:
     notes = [note(words) for words in list(getattr(report, "notes", []))[:10]]
     return str(page(heading("What is in the data"), verdict_html(report), figures_html(report), datasets_html(report),
                     *notes, *problems_html(report), heading("Lengths, turns, calls"), *lengths_html(report),
-                    shares_html(report), *uses_html(report), *[heading("Training")] * bool(outlook_html(report)),
+                    *shares_html(report), *uses_html(report), *[heading("Training")] * bool(outlook_html(report)),
                     *outlook_html(report)))
 
 
