@@ -81,7 +81,7 @@ from IPython.display import display
 tokenizer = MistralTokenizer.from_file(PACKAGE / "mistral_instruct_tokenizer_240323.model.v3")
 home = Path("report").resolve()
 sources = json.loads((home / "sources.json").read_text())
-cfg = TrainConfig.from_dict({"model_id_or_path": str(home), "run_dir": str(home / "run"), "seq_len": 128,
+cfg = TrainConfig.from_dict({"model_id_or_path": str(home), "run_dir": str(home / "run"), "seq_len": 400,
                              "max_steps": 4, "data.instruct_data": ",".join(str(home / s) for s in sources)})
 report = validate(cfg, tokenizer, world=1, workers=1, progress=False)
 """
@@ -97,14 +97,17 @@ FILES = ["<img src=x onerror=window.__fired=1>.jsonl", "'onfocus=window.__fired=
 def test_report(lab: Lab) -> None:
     """A report on files of payloads, with payloads in their names: the page, and every problem opened."""
     home = lab.work / "report"
-    for name, lines in zip(FILES, (rows(PAYLOADS), broken(PAYLOADS), broken(PAYLOADS[::-1])[:30])):
+    for name, lines in zip(FILES, (rows(PAYLOADS), broken(PAYLOADS), broken(PAYLOADS[::-1])[:12])):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (home / "sources.json").write_text(json.dumps(FILES))
     book = lab.open(notebook(REPORT, "report", OTHERS), "report")
     book.run()
     page, widgets = book.page, book.page.locator(".jp-CodeCell").nth(1)
-    page.evaluate("() => document.querySelectorAll('.jp-Notebook details').forEach(d => d.open = true)")
+    unfold = "open => document.querySelectorAll('.jp-Notebook details').forEach(d => d.open = open)"
+    page.evaluate(unfold, True)
+    page.screenshot()  # all of it has been drawn once
+    page.evaluate(unfold, False)
     number = widgets.locator("input[type=number]")
     number.wait_for()
     places = json.loads((home / "places.json").read_text())
@@ -127,6 +130,6 @@ def test_report(lab: Lab) -> None:
         if name == "elsewhere": saved.cells.append(nbformat.v4.new_markdown_cell("changed"))
         again = lab.open(saved, name)
         again.page.get_by_role("heading", name="What is in the data").wait_for()
-        again.page.evaluate("() => document.querySelectorAll('.jp-Notebook details').forEach(d => d.open = true)")
+        again.page.evaluate(unfold, True)
         assert [fault for fault in again.fired() if "widget model not found" not in fault] == []
         again.close()
