@@ -19,7 +19,6 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
-from ..chart import GREY
 from ..chart import Html
 from ..chart import note
 from ..chart import page
@@ -123,14 +122,15 @@ LOOK = """
 .mnb .tok span[title]{border-right:1px solid rgba(128,128,128,.35);padding:.1em 0}
 .mnb .tok .t{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:.25em;padding:.15em 0}
 .mnb .tok b{font-weight:600;font-size:.85em;border:1px solid rgba(128,128,128,.5);border-radius:4px;padding:0 .25em}
-.mnb .tok i{font-style:normal;font-size:.8em;opacity:.75;border-bottom:1px dotted}
-.mnb .tok .lost{opacity:.55}.mnb .cut{border-top:2px dashed #e8742c;font-weight:600;margin:.4em 0;padding-top:.1em}
+.mnb .tok i{font-style:normal;font-size:.8em;opacity:.75;border-bottom:1px dotted;margin:0 .1em}
+.mnb .cut{border-top:2px dashed #e8742c;font-weight:600;margin:.4em 0;padding-top:.1em;
+ font-family:system-ui,sans-serif}
 .mnb .edge{border-top:1px solid rgba(128,128,128,.4);padding-top:.35em;font-weight:600}
 .mnb .legend span{margin-right:1.2em}
 """
 SIGNS = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
 TINT  = {"t": 'u class=t style="background-color:rgba(47,158,91,.24)"', "c": "span",
-         "lost": f'span class=lost style="color:{GREY}"'}
+         "lost": 'span class=lost style="opacity:0.65"'}
 
 
 def token_html(words: str, kind: str, place: int, token: int) -> str:

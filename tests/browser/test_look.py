@@ -59,7 +59,8 @@ def check(book: Notebook, name: str) -> None:
 
 
 def test_a_report_reads_everywhere(lab: Lab) -> None:
-    book = lab.open(notebook(DEMO, "report"), "look", height=2600)
+    tokens = "from mistral_nb.ui.tokens import TokenView\nTokenView(rows[95], tokenizer, seq_len=40)"
+    book = lab.open(notebook(DEMO, "report", tokens), "look", height=2600)
     book.run()
     shown = book.page.locator(".jp-CodeCell").nth(1)
     shown.locator("input[type=number]").wait_for()
