@@ -142,7 +142,7 @@ def test_errors_survive_pickling():
     assert (e.file, e.line, e.code) == ("a.jsonl", 3, "not_text") and "a.jsonl:3: messages: why" in str(e)
 
 
-@pytest.mark.parametrize("name", ["samples.arrow", "rows.arrow", "problems.arrow", "manifest.json"])
+@pytest.mark.parametrize("name", ["samples.arrow", "index.arrow", "rows.arrow", "problems.arrow", "manifest.json"])
 def test_truncated_and_empty_files_are_built_again(file, tmp_path, name):
     good, cache = build(file, tmp_path / "good"), tmp_path / "cache"
     build(file, cache)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['RUN', 'BINS', 'EMPTY', 'BANDS', 'ALIKE', 'hashes', 'sketches', 'digest_of', 'Twins', 'first_of', 'agreement', 'twins']
+__all__ = ['RUN', 'BINS', 'EMPTY', 'NONE', 'BANDS', 'ALIKE', 'hashes', 'sketches', 'digest_of', 'Twins', 'first_of', 'agreement',
+           'twins']
 
 # %% ../../nbs/14_data.duplicates.ipynb #cb542897
 RUN = 5  # neighbouring ids hashed together
 BINS = 32  # of a sketch
-EMPTY = np.uint16(0xFFFF)  # a bin that no hash fell into
+EMPTY = np.uint8(0xFF)  # a bin that no hash fell into
+NONE = np.uint32(0xFFFFFFFF)
 
 
 def hashes(ids: np.ndarray) -> np.ndarray:
@@ -35,19 +37,18 @@ def hashes(ids: np.ndarray) -> np.ndarray:
 def sketches(
     ids: np.ndarray,  # int [total], the ids of all rows end to end
     lengths: np.ndarray,  # int [n], ids of each row
-) -> np.ndarray:  # uint16 [n, BINS]
+) -> np.ndarray:  # uint8 [n, BINS]
     "The sketch of each row; a row of fewer than `RUN` ids is filled up with zeros."
     room = np.maximum(lengths, RUN)
     if (room != lengths).any(): ids = _filled(ids, lengths, room)
-    out = np.full((len(room), BINS), EMPTY)
-    if not len(ids): return out
-    found = hashes(ids)
-    row = np.repeat(np.arange(len(room), dtype=np.int64) * BINS, room)[: len(found)]
-    values = (found >> np.uint32(16)).astype(np.uint16)
-    for k in range(1, RUN): values[np.cumsum(room)[:-1] - k] = EMPTY  # runs across the edge of two rows
-    row += found & np.uint32(BINS - 1)
-    np.minimum.at(out.reshape(-1), row, values)
-    return out
+    if not len(ids): return np.full((len(room), BINS), EMPTY)
+    found, least = hashes(ids), np.full(len(room) * BINS, NONE)
+    at = np.repeat(np.arange(len(room), dtype=np.int64) * BINS, room)[: len(found)]
+    at += found & np.uint32(BINS - 1)
+    for k in range(1, RUN): found[np.cumsum(room)[:-1] - k] = NONE  # runs across the edge of two rows
+    np.minimum.at(least, at, found)
+    short = np.minimum(least * np.uint32(0x9E3779B1) >> np.uint32(24), 254).astype(np.uint8)
+    return np.where(least == NONE, EMPTY, short).reshape(-1, BINS)
 
 
 def _filled(ids: np.ndarray, lengths: np.ndarray, room: np.ndarray) -> np.ndarray:
@@ -70,23 +71,24 @@ ALIKE = 0.8  # share of equal bins from which two rows are near duplicates
 class Twins:
     "Rows that repeat an earlier one."
 
-    row: np.ndarray  # int64 [m], rising
-    of: np.ndarray  # int64 [m], the earlier row
+    row: np.ndarray  # int [m], rising
+    of: np.ndarray  # int [m], the earlier row
     share: np.ndarray  # float32 [m], how alike they are; 1.0 is equal id for id
 
     def __len__(self) -> int: return len(self.row)
 
 
 def first_of(keys: np.ndarray) -> np.ndarray:
-    "For each of `keys` the index of the first that equals it, int64 [n]."
-    order = np.argsort(keys, kind="stable")
-    new = np.concatenate([[True], keys[order][1:] != keys[order][:-1]])
-    out = np.empty(len(keys), np.int64)
-    out[order] = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
+    "For each of `keys` the index of the first that equals it, int32 [n]."
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    run = keys[order]
+    new = np.concatenate([[True], run[1:] != run[:-1]])
+    out = np.empty(len(keys), np.int32)
+    out[order] = order[np.flatnonzero(new)][np.cumsum(new, dtype=np.int32) - 1]
     return out
 
 
-def agreement(sketch: np.ndarray, a: np.ndarray, b: np.ndarray, block: int = 1 << 16) -> np.ndarray:
+def agreement(sketch: np.ndarray, a: np.ndarray, b: np.ndarray, block: int = 1 << 14) -> np.ndarray:
     "The share of bins in which rows `a` and `b` agree, of those that are filled in either, float32 [len(a)]."
     out = np.empty(len(a), np.float32)
     for i in range(0, len(a), block):
@@ -98,18 +100,18 @@ def agreement(sketch: np.ndarray, a: np.ndarray, b: np.ndarray, block: int = 1 <
 # %% ../../nbs/14_data.duplicates.ipynb #817794b6
 def twins(
     digest: np.ndarray,  # uint64 [n]
-    sketch: np.ndarray,  # uint16 [n, BINS]
+    sketch: np.ndarray,  # uint8 [n, BINS]
     alike: float = ALIKE,
 ) -> Twins:
     "The rows that are equal to an earlier one, or nearly."
-    num, here = len(digest), np.arange(len(digest))
+    num, here = len(digest), np.arange(len(digest), dtype=np.int32)
     if not num: return Twins(here, here, np.empty(0, np.float32))
     of, share = first_of(digest), np.ones(num, np.float32)
     share[of == here] = 0
     width = BINS // BANDS
     for band in range(BANDS):
         part = np.ascontiguousarray(sketch[:, band * width : (band + 1) * width])
-        met, filled = first_of(part.view(np.uint64)[:, 0]), (part != EMPTY).any(1)
+        met, filled = first_of(part.view(np.uint32)[:, 0]), (part != EMPTY).any(1)
         a = np.flatnonzero((met != here) & (share < 1) & filled)
         found = agreement(sketch, a, met[a])
         better = (found >= alike) & (found > share[a])

@@ -52,19 +52,17 @@ from .store import Stored
 from .store import TokenStore
 from .store import digest
 from .store import obtain
+from .store import read_columns
 from .tokenize import load_tokenizer
 from .tokenize import version_of
-from ..device import default_device
-from ..device import device_name
-from ..device import gpu_count
-from ..device import world_size
 
 # %% auto #0
-__all__ = ['WHOLE', 'COLUMNS', 'H100', 'explain', 'Problem', 'as_frame', 'Part', 'row_problems', 'long_rows', 'long_problems',
-           'bare_problem', 'Repeats', 'Report', 'code_counts', 'label', 'lengths', 'turns', 'calls', 'example',
-           'figures', 'loader_of', 'expected', 'time_for', 'measured_speed', 'published_speed', 'known_speed',
-           'validate', 'firsts', 'place', 'as_text', 'verdict', 'as_html', 'check_unchanged', 'write_corrected',
-           'MendResult', 'mended_place', 'mended_file', 'mend_part', 'mend_all', 'cleared', 'mended_config', 'preview']
+__all__ = ['WHOLE', 'COLUMNS', 'TWICE', 'H100', 'explain', 'Problem', 'as_frame', 'Part', 'row_problems', 'long_rows',
+           'long_problems', 'bare_problem', 'Repeats', 'Report', 'code_counts', 'label', 'lengths', 'turns', 'calls',
+           'example', 'figures', 'loader_of', 'expected', 'time_for', 'measured_speed', 'published_speed',
+           'known_speed', 'ranks_here', 'validate', 'firsts', 'place', 'as_text', 'verdict', 'as_html',
+           'check_unchanged', 'write_corrected', 'MendResult', 'mended_place', 'mended_file', 'mend_part', 'mend_all',
+           'cleared', 'mended_config', 'preview']
 
 # %% ../../nbs/19_data.report.ipynb #69051a77
 WHOLE = {
@@ -145,8 +143,7 @@ def row_problems(part: Part) -> Iterator[Problem]:
 
 def long_rows(part: Part) -> dict[tuple[int, int], list[int]]:
     "The positions of the samples that lose their end, by number of the file and line."
-    places = [np.concatenate([np.empty(0, int), *(b.column(name).to_numpy() for b in part.store.batches)])[part.long]
-              for name in ("file", "line")]
+    places = [part.store.index.column(name).to_numpy()[part.long] for name in ("file", "line")]
     out: dict[tuple[int, int], list[int]] = {}
     for *place, length in zip(*(p.tolist() for p in places), (part.store.lengths[part.long] - 1).tolist()):
         out.setdefault(tuple(place), []).append(length)
@@ -169,6 +166,9 @@ def bare_problem(part: Part) -> Problem | None:
     return Problem(part.job.name, 0, code, "", why_empty(part.store, part.pieces, part.seq_len), use=part.use)
 
 # %% ../../nbs/19_data.report.ipynb #3e033bac
+TWICE = ("duplicate", "near_duplicate", "leaked", "nearly_leaked")
+
+
 @dataclass
 class Repeats:
     "Twins among the good rows of all parts."
@@ -178,10 +178,14 @@ class Repeats:
 
     @classmethod
     def among(cls, parts: list[Part]) -> Repeats:
-        batches = [b for part in parts for b in part.stored.rows.to_batches()]
-        digest = np.concatenate([np.empty(0, np.uint64), *(b.column("digest").to_numpy() for b in batches)])
-        raw = [np.frombuffer(b.column("sketch").buffers()[1], np.uint16).reshape(-1, BINS)[:len(b)] for b in batches]
-        return cls(parts, twins(digest, np.concatenate([np.empty((0, BINS), np.uint16), *raw])))
+        num, at = sum(part.stored.rows.num_rows for part in parts), 0
+        digest, sketch = np.empty(num, np.uint64), np.empty((num, BINS), np.uint8)
+        for batch in (b for part in parts for b in read_columns(part.job.path, "rows", ["digest", "sketch"])):
+            here = slice(at, at := at + len(batch))
+            digest[here] = batch.column("digest").to_numpy()
+            raw = np.frombuffer(batch.column("sketch").buffers()[1], np.uint8, len(batch) * BINS)
+            sketch[here] = raw.reshape(-1, BINS)
+        return cls(parts, twins(digest, sketch))
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -193,12 +197,16 @@ class Repeats:
         return np.searchsorted(self.starts, rows, "right") - 1
 
     @cached_property
-    def codes(self) -> np.ndarray:
-        "The code of each pair of twins, str [m]."
+    def kinds(self) -> np.ndarray:
+        "What each pair of twins is, as a place in `TWICE`, int8 [m]."
         held_out = np.array([part.use == "eval" for part in self.parts], bool)
         leaks = held_out[self.part_of(self.twins.row)] & ~held_out[self.part_of(self.twins.of)]
-        near = self.twins.share < 1
-        return np.where(leaks, np.where(near, "nearly_leaked", "leaked"), np.where(near, "near_duplicate", "duplicate"))
+        return (2 * leaks + (self.twins.share < 1)).astype(np.int8)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        "How many pairs there are of each code."
+        return dict(zip(TWICE, np.bincount(self.kinds, minlength=len(TWICE)).tolist()))
 
     @cached_property
     def place(self) -> Callable[[int], tuple[Part, str, int]]:
@@ -213,16 +221,16 @@ class Repeats:
 
     def problems(self) -> Iterator[Problem]:
         "As problems of the later rows."
-        for row, of, share, code in zip(self.twins.row, self.twins.of, self.twins.share, self.codes.tolist()):
+        for row, of, share, kind in zip(self.twins.row, self.twins.of, self.twins.share, self.kinds):
             (part, file, line), (_, other, at) = self.place(row), self.place(of)
             said = f"equals {other}:{at}" if share == 1 else f"about {min(share, 0.99):.0%} the same as {other}:{at}"
-            yield Problem(file, line, code, "", said, "drop" if share == 1 else "", "warning", part.use)
+            yield Problem(file, line, TWICE[kind], "", said, "drop" if share == 1 else "", "warning", part.use)
 
     def lines(self, codes: Iterable[str]) -> dict[str, set[int]]:
         "By file, the lines to leave out: a duplicate, and of a leak the row that is trained on."
         out: dict[str, set[int]] = {}
         for code in codes:
-            mine = self.codes == code
+            mine = self.kinds == TWICE.index(code)
             for row in (self.twins.of if code.endswith("leaked") else self.twins.row)[mine]:
                 _, file, line = self.place(row)
                 out.setdefault(file, set()).add(line)
@@ -271,7 +279,7 @@ class Report:
             for level, code, num in code_counts(part.stored): out[level][code] += num
             out["warning"]["too_long"] += len(long_rows(part))
         out["error"].update(p.code for p in map(bare_problem, self.parts) if p)
-        out["warning"].update(self.repeats.codes.tolist())
+        out["warning"].update(self.repeats.counts)
         return {level: Counter({c: n for c, n in found.most_common() if n}) for level, found in out.items()}
 
     @property
@@ -407,8 +415,15 @@ def published_speed(model: str | Path, gpu: str) -> float | None:
 def known_speed(cfg: TrainConfig) -> tuple[float | None, str]:
     "Tokens a second of one rank, and where the figure comes from."
     if speed := measured_speed(cfg.run_dir): return speed, f"measured by the run in {cfg.run_dir}"
+    from mistral_nb.device import default_device, device_name
     speed = published_speed(cfg.model_id_or_path, device_name(default_device()))
     return speed, "published for an H100" if speed else ""
+
+
+def ranks_here() -> int:
+    "How many ranks will train: those of this process group, else the GPUs there are."
+    from mistral_nb.device import gpu_count, world_size
+    return world_size() if world_size() > 1 else max(1, gpu_count())
 
 # %% ../../nbs/19_data.report.ipynb #7a68e922
 def validate(
@@ -430,8 +445,7 @@ def validate(
     encoder = lambda s: Encoder(tokenizer, s.kind, how.exact_context, how.dynamic_chunk_fn_call)
     parts = [Part(obtain(Job(s, encoder(s), None, workers, progress)), use, cfg.seq_len) for use, s in sources]
     speed, speed_from = (tokens_per_second, "given") if tokens_per_second else known_speed(cfg)
-    world = world or (world_size() if world_size() > 1 else max(1, gpu_count()))
-    return Report(cfg, parts, Repeats.among(parts), tokenizer, world, speed, speed_from)
+    return Report(cfg, parts, Repeats.among(parts), tokenizer, world or ranks_here(), speed, speed_from)
 
 # %% ../../nbs/19_data.report.ipynb #563f1138
 def firsts(report: Report, most: int = 6) -> dict[tuple[str, str], list[Problem]]:

@@ -5,6 +5,7 @@
 # %% ../../nbs/15_data.store.ipynb #a345f786
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -48,36 +49,41 @@ from .tokenize import remembering
 from .tokenize import version_of
 
 # %% auto #0
-__all__ = ['HOME', 'FORMAT', 'PLACE', 'SAMPLES', 'ROWS', 'PROBLEMS', 'TABLES', 'Raw', 'Encoded', 'sample_batch', 'count_trained',
-           'TokenStore', 'Encoder', 'has_header', 'said', 'Chunk', 'columns', 'size_and_sum', 'StoreWriter',
-           'DamagedStore', 'read_manifest', 'read_batches', 'serve', 'Worker', 'raw_rows', 'chunks_of', 'encode_rows',
-           'encode_elsewhere', 'digest', 'tokenizer_identity', 'code_identity', 'store_key', 'cache_folder', 'try_lock',
-           'locked', 'Job', 'default_workers', 'Stored', 'load_stored', 'write_store', 'obtain', 'CacheError',
-           'DataError', 'first_error', 'build_store']
+__all__ = ['HOME', 'FORMAT', 'PLACE', 'SAMPLES', 'INDEX', 'ROWS', 'PROBLEMS', 'BATCH', 'TABLES', 'Raw', 'Encoded',
+           'sample_tables', 'count_trained', 'TokenStore', 'Encoder', 'has_header', 'said', 'Chunk', 'columns',
+           'size_and_sum', 'StoreWriter', 'DamagedStore', 'read_manifest', 'read_batches', 'read_columns', 'serve',
+           'Worker', 'raw_rows', 'chunks_of', 'encode_rows', 'encode_elsewhere', 'digest', 'tokenizer_identity',
+           'code_identity', 'store_key', 'cache_folder', 'try_lock', 'locked', 'Job', 'default_workers', 'Stored',
+           'load_stored', 'write_store', 'give_back_memory', 'obtain', 'CacheError', 'DataError', 'first_error',
+           'build_store']
 
 # %% ../../nbs/15_data.store.ipynb #59a4bd57
 HOME = Path(mistral_nb.__file__).resolve().parent
 FORMAT = 2  # of the tables; a change makes all older stores unknown
 PLACE = [("file", pa.int32()), ("line", pa.int64())]  # number of the file, line in it
-SAMPLES = pa.schema([("ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_())), ("trained", pa.int32()), *PLACE])
+SAMPLES = pa.schema([("ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_()))])
+INDEX = pa.schema([("length", pa.int32()), ("trained", pa.int32()), *PLACE])
 ROWS = pa.schema([*PLACE, ("turns", pa.int32()), ("calls", pa.list_(pa.string())), ("digest", pa.uint64()),
-                  ("sketch", pa.binary(2 * BINS))])
+                  ("sketch", pa.binary(BINS))])
 PROBLEMS = pa.schema([*PLACE, *((name, pa.string()) for name in ("level", "code", "field", "message", "mend"))])
-TABLES = {"samples": SAMPLES, "rows": ROWS, "problems": PROBLEMS}
+BATCH = 4 << 20  # bytes of a table that are written as one batch
+TABLES = {"samples": SAMPLES, "index": INDEX, "rows": ROWS, "problems": PROBLEMS}
 
 
-def sample_batch(
+def sample_tables(
     samples: list[TokenSample],
     places: list[tuple[int, int]],  # number of the file, line
-) -> pa.RecordBatch:
-    "The `samples` as rows of the table of samples."
+) -> dict[str, pa.RecordBatch]:
+    "The `samples` as rows of the tables of samples and of their index."
     offsets = np.cumsum([0, *(len(s.ids) for s in samples)])
     ids = np.concatenate([np.empty(0, np.int32), *(s.ids for s in samples)])
     mask = np.concatenate([np.empty(0, bool), *(s.mask for s in samples)])
     lists = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values)) for values in (ids, mask)]
     file, line = np.array(places, np.int64).reshape(-1, 2).T
-    columns = [*lists, pa.array(count_trained(mask, offsets), pa.int32()), pa.array(file, pa.int32()), pa.array(line)]
-    return pa.RecordBatch.from_arrays(columns, schema=SAMPLES)
+    about = [np.diff(offsets), count_trained(mask, offsets), file, line]
+    index = [pa.array(values, kind.type) for values, kind in zip(about, INDEX)]
+    return {"samples": pa.RecordBatch.from_arrays(lists, schema=SAMPLES),
+            "index": pa.RecordBatch.from_arrays(index, schema=INDEX)}
 
 
 def count_trained(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -92,6 +98,7 @@ class TokenStore:
     def __init__(
         self,
         batches: list[pa.RecordBatch],  # of the table of samples
+        index: list[pa.RecordBatch],  # of the table of their index
         files: list[Path | str],  # what `file` numbers
         kind: str = "instruct",  # or "pretrain"
         name: str = "",  # for messages
@@ -99,15 +106,16 @@ class TokenStore:
         self.batches, self.files, self.kind = batches, [str(f) for f in files], kind
         self.name = name or ", ".join(self.files)
         self.starts = np.cumsum([0, *(b.num_rows for b in batches)])
-        whole = lambda parts: np.concatenate([np.empty(0, np.int64), *parts])
-        self.lengths = whole(np.diff(b.column("ids").offsets.to_numpy()) for b in batches)  # int64 [n], ids
-        self.trained = whole(b.column("trained").to_numpy() for b in batches)  # int64 [n], targets with loss
+        self.index = pa.Table.from_batches(index, INDEX)
+        self.lengths = self.index.column("length").to_numpy()  # int32 [n], ids
+        self.trained = self.index.column("trained").to_numpy()  # int32 [n], targets with loss
 
     @classmethod
     def of(cls, samples: Iterable[TokenSample], kind: str = "instruct", name: str = "memory") -> TokenStore:
         "A store of samples at hand."
         samples = list(samples)
-        return cls([sample_batch(samples, [(0, i + 1) for i in range(len(samples))])], [name], kind, name)
+        tables = sample_tables(samples, [(0, i + 1) for i in range(len(samples))])
+        return cls([tables["samples"]], [tables["index"]], [name], kind, name)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -125,8 +133,8 @@ class TokenStore:
 
     def origin(self, i: int) -> str:
         "Where sample `i` comes from, as file:line."
-        batch, row = self._find(i)
-        return f"{self.files[batch.column('file')[row].as_py()]}:{batch.column('line')[row].as_py()}"
+        file, line = (self.index.column(name)[int(i)].as_py() for name in ("file", "line"))
+        return f"{self.files[file]}:{line}"
 
     def __repr__(self) -> str:
         tokens, trained = self.lengths.sum(), self.trained.sum()
@@ -209,10 +217,10 @@ class Chunk:
         "All of them as Arrow's."
         ids = np.concatenate([np.empty(0, np.int32), *self.bodies])
         lengths = np.array([len(b) for b in self.bodies], int)
-        sketch = pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * BINS), len(lengths),
+        sketch = pa.FixedSizeBinaryArray.from_buffers(pa.binary(BINS), len(lengths),
                                                       [None, pa.py_buffer(sketches(ids, lengths))])
         rows = [*columns(self.rows, ROWS, 5), sketch]
-        return {"samples": sample_batch(self.samples, self.origins),
+        return {**sample_tables(self.samples, self.origins),
                 "rows": pa.RecordBatch.from_arrays(rows, schema=ROWS),
                 "problems": pa.RecordBatch.from_arrays(columns(self.problems, PROBLEMS, 7), schema=PROBLEMS)}
 
@@ -240,17 +248,26 @@ class StoreWriter:
         self.tmp.mkdir(parents=True)
         self.files = {name: open(self.tmp / f"{name}.arrow", "wb") for name in TABLES}
         self.arrows = {name: pa.ipc.new_file(self.files[name], schema) for name, schema in TABLES.items()}
+        self.waiting: dict[str, list[pa.RecordBatch]] = {name: [] for name in TABLES}
         self.errors = 0
 
     def add(self, tables: dict[str, pa.RecordBatch]) -> None:
         "The tables of some rows."
-        for name, batch in tables.items():
-            if batch.num_rows: self.arrows[name].write_batch(batch)
         self.errors += tables["problems"].column("level").to_pylist().count("error")
+        for name, batch in tables.items():
+            self.waiting[name].append(batch)
+            if sum(b.nbytes for b in self.waiting[name]) > BATCH: self._write(name)
+
+    def _write(self, name: str) -> None:
+        "What is waiting of a table, as one batch."
+        whole = pa.Table.from_batches(self.waiting[name], TABLES[name]).combine_chunks()
+        for batch in whole.to_batches(): self.arrows[name].write_batch(batch)
+        self.waiting[name] = []
 
     def close(self) -> None:
         "Finish the files and give their folder its name."
         for name, file in self.files.items():
+            self._write(name)
             self.arrows[name].close()
             file.flush()
             os.fsync(file.fileno())
@@ -287,9 +304,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def read_batches(path: Path, name: str) -> list[pa.RecordBatch]:
     "The batches of one table of a store, mapped."
-    try: reader = pa.ipc.open_file(pa.memory_map(str(path / f"{name}.arrow")))
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path / f"{name}.arrow")))
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as e: raise DamagedStore(f"{path}: {e}") from e
-    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def read_columns(path: Path, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    "Some columns of a table, batch by batch, without mapping the rest."
+    only = pa.ipc.IpcReadOptions(included_fields=[TABLES[name].names.index(c) for c in columns])
+    with pa.OSFile(str(path / f"{name}.arrow")) as file:
+        reader = pa.ipc.open_file(file, options=only)
+        for i in range(reader.num_record_batches): yield reader.get_batch(i)
 
 # %% ../../nbs/15_data.store.ipynb #1fab61ff
 def serve() -> None:
@@ -508,8 +534,8 @@ def load_stored(job: Job) -> Stored | None:
     if not job.path.exists(): return None
     try:
         errors = read_manifest(job.path)["errors"]
-        samples, rows, problems = (read_batches(job.path, name) for name in TABLES)
-        store = TokenStore(samples, job.files, job.encoder.kind, job.name)
+        samples, index, rows, problems = (read_batches(job.path, name) for name in TABLES)
+        store = TokenStore(samples, index, job.files, job.encoder.kind, job.name)
         return Stored(job, store, pa.Table.from_batches(rows, ROWS), pa.Table.from_batches(problems, PROBLEMS), errors)
     except DamagedStore as e: damage = str(e)
     warnings.warn(f"tokenising {job.name} again, for its store is damaged: {damage}", stacklevel=3)
@@ -524,7 +550,16 @@ def write_store(job: Job) -> None:
         with closing(job.tables()) as parts:
             for tables in parts: writer.add(tables)
         writer.close()
-    finally: writer.discard()
+    finally:
+        writer.discard()
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    "Let go of the memory of words, and of what Arrow holds in reserve."
+    remembering.cache_clear()
+    gc.collect()
+    pa.default_memory_pool().release_unused()
 
 
 def obtain(job: Job) -> Stored:
