@@ -142,7 +142,8 @@ def test_a_row_that_trains_nothing_says_so() -> None:
         assert "Nothing in this row is trained" in str(view) and "Nothing in this row" in view._repr_html_()
 
 
-def test_the_browser_of_rows(tmp_path: Path) -> None:
+def test_the_browser_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IN_TEST", raising=False)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in chats(5)) + "{broken\n")
     browser = TokenBrowser(file, V3, seq_len=64)
