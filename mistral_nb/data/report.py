@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from dataclasses import asdict
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,9 @@ from .tokenize import version_of
 __all__ = ['WHOLE', 'COLUMNS', 'TWICE', 'H100', 'explain', 'Problem', 'as_frame', 'Part', 'row_problems', 'long_rows',
            'long_problems', 'bare_problem', 'Repeats', 'Report', 'code_counts', 'label', 'lengths', 'turns', 'calls',
            'example', 'figures', 'loader_of', 'expected', 'time_for', 'measured_speed', 'published_speed',
-           'known_speed', 'ranks_here', 'validate', 'firsts', 'place', 'as_text', 'verdict', 'as_html',
-           'check_unchanged', 'write_corrected', 'MendResult', 'mended_place', 'mended_file', 'mend_part', 'mend_all',
-           'cleared', 'mended_config', 'preview']
+           'known_speed', 'ranks_here', 'validate', 'firsts', 'place', 'as_text', 'verdict', 'as_html', 'as_json',
+           'save_report', 'check_unchanged', 'write_corrected', 'MendResult', 'mended_place', 'mended_file',
+           'mend_part', 'mend_all', 'cleared', 'mended_config', 'preview']
 
 # %% ../../nbs/19_data.report.ipynb #69051a77
 WHOLE = {
@@ -516,6 +518,29 @@ def as_html(report: Report) -> str:
     found = table(["", "number", "what", "first at", "reason", "mend"], kinds) if kinds else ""
     return str(page(table(head, ([name, *(f[n] for n in names), epochs.get(name, "")] for name, f in datasets.items())),
                     html.escape(verdict(report)), found))
+
+# %% ../../nbs/19_data.report.ipynb #d1b79bdb
+def as_json(report: Report, most: int = 1000) -> dict[str, Any]:
+    "The report for a script: whether training can start, counts, figures, and the first `most` problems of each level."
+    level = lambda name: islice((p for p in report.each_problem() if p.level == name), most)
+    return {"ok": report.ok, **{f"{name}_counts": dict(found) for name, found in report.levels.items()},
+            "stats": report.stats, "errors": [asdict(p) for p in level("error")],
+            "warnings": [asdict(p) for p in level("warning")]}
+
+
+def save_report(report: Report, folder: str | Path) -> list[Path]:
+    "Write report.txt, report.html, report.json and problems.jsonl into `folder`; gives the files."
+    files = [Path(folder) / name for name in ("report.txt", "report.html", "report.json", "problems.jsonl")]
+    whole = f"<!doctype html><meta charset=utf-8><title>Data report</title>{report._repr_html_()}"
+    texts = [str(report), whole, json.dumps(as_json(report), indent=1, ensure_ascii=False)]
+    for file, text in zip(files, texts):
+        with new_file(file) as f: f.write(text.encode() + b"\n")
+    with new_file(files[-1]) as f:
+        for p in report.each_problem(): f.write(json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n")
+    return files
+
+
+Report.save = save_report
 
 # %% ../../nbs/19_data.report.ipynb #556bbfd6
 def check_unchanged(report: Report, files: Iterable[str]) -> None:
