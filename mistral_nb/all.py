@@ -8,8 +8,11 @@ from .config import ConfigError
 from .config import LoraConfig
 from .config import TrainConfig
 from .data.convert import convert
+from .data.convert import reformat
 from .data.loader import Batch
 from .data.loader import TrainLoader
+from .data.mend import mend
+from .data.mend import mend_file
 from .data.report import Report
 from .data.report import validate
 from .data.tokenize import TokenSample
@@ -32,10 +35,11 @@ from .weights.checkpoint import load_model
 # %% auto #0
 __all__ = ['Batch', 'ConfigError', 'Dashboard', 'LoraConfig', 'ModelArgs', 'Report', 'Run', 'TokenBrowser', 'TokenSample',
            'TokenView', 'TrainConfig', 'TrainLoader', 'TrainingError', 'Transformer', 'adapters_off', 'convert',
-           'demo_config', 'encode', 'generate', 'load_model', 'load_tokenizer', 'run_demo', 'train', 'validate']
+           'demo_config', 'encode', 'generate', 'load_model', 'load_tokenizer', 'mend', 'mend_file', 'reformat',
+           'run_demo', 'train', 'validate']
 
 # %% ../nbs/79_all.ipynb #25af5a19
 _all_ = ["Batch", "ConfigError", "Dashboard", "LoraConfig", "ModelArgs", "Report", "Run", "TokenBrowser",
          "TokenSample", "TokenView", "TrainConfig", "TrainLoader", "TrainingError", "Transformer",
          "adapters_off", "convert", "demo_config", "encode", "generate", "load_model", "load_tokenizer",
-         "run_demo", "train", "validate"]
+         "mend", "mend_file", "reformat", "run_demo", "train", "validate"]
