@@ -65,7 +65,7 @@ STYLE = """
 .mnb table{border-collapse:collapse;margin:0;font-size:1em;color:inherit;table-layout:auto;border:none}
 .mnb tr,.mnb tr:nth-child(even),.mnb tr:nth-child(odd),.mnb tr:hover,.mnb tbody tr:hover{background:none}
 .mnb thead tr,.mnb thead{border-bottom:1px solid rgba(128,128,128,.5);vertical-align:bottom}
-.mnb th,.mnb td{text-align:left;padding:.25em .9em .25em 0;border:none;vertical-align:top;color:inherit;
+.mnb th,.mnb td{text-align:left;padding:.25em .8em .25em 0;border:none;vertical-align:top;color:inherit;
  white-space:normal;max-width:none;overflow-wrap:break-word}
 .mnb th{font-weight:600}.mnb td.n,.mnb th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap;
  overflow-wrap:normal}

@@ -56,7 +56,7 @@ def test_the_page_has_what_a_user_asks(report_of: Callable) -> None:
     report = report_of({"a.jsonl": [*good, chat("no answer"), "{not json", chat("x", "y", "z")]})
     page = report_page(report)
     assert strange(page) == [] and report._repr_html_() == page
-    for words in ("3 errors", "not_json", "ends_wrong", "seq_len 64", "tokens are cut off", "max_steps", "3 epochs",
+    for words in ("3 errors", "not_json", "ends_wrong", "seq_len 64", "tokens are lost", "max_steps", "3 epochs",
                   "turn", "trained", "packing fill", "&quot;no answer&quot;", "{not json"):
         assert words in page, words
     kinds = kinds_of(report)

@@ -157,9 +157,10 @@ def problems_html(report: Report, room: int = 90_000) -> list[Html]:
     return out
 
 # %% ../../nbs/63_ui.dashboard.ipynb #5b096693
-def total(report: Report, name: str, use: str | None = None) -> int:
+def total(report: Report, name: str, use: str | None = None, kind: str | None = None) -> int:
     """A figure summed over datasets."""
-    return sum(f[name] for f in report.stats["datasets"].values() if use in (None, f["use"]))
+    sets = report.stats["datasets"].values()
+    return sum(f[name] for f in sets if use in (None, f["use"]) and kind in (None, f["kind"]))
 
 
 def verdict_html(report: Report) -> Html:
@@ -186,7 +187,7 @@ def datasets_html(report: Report) -> Html:
     """A line for each dataset."""
     epochs = report.stats["expected"].get("epochs_per_dataset", {})
     head = "dataset use rows bad samples tokens trained longest cut lost fill epochs".split()
-    return table(head, ([short(name, 40), f["use"], f["rows"], f["bad_rows"], f["samples"], f["tokens"],
+    return table(head, ([short(name, 32), f["use"], f["rows"], f["bad_rows"], f["samples"], f["tokens"],
                          percent(f["trained_tokens"], f["tokens"]), f["longest"], f["cut_samples"], f["lost_tokens"],
                          percent(f["fill"], 1), epochs.get(name, "—")]
                         for name, f in report.stats["datasets"].items()), most=50)
@@ -198,9 +199,10 @@ def lengths_html(report: Report) -> list[Html]:
     of = lambda kind: [v for name, v in report.lengths.items() if sets[name]["kind"] == kind]
     chats, texts = (np.concatenate([np.empty(0, np.int64), *of(kind)]) for kind in ("instruct", "pretrain"))
     if len(chats):
-        cut, lost = int((chats > seq_len).sum()), int(np.maximum(chats - seq_len, 0).sum())
-        words = f"{cut:,} of {len(chats):,} samples are longer than seq_len: {lost:,} tokens are cut off" if cut else \
+        cut, lost, gone = (total(report, n, kind="instruct") for n in ("cut_samples", "lost_tokens", "dropped_samples"))
+        words = f"{cut:,} of {len(chats):,} samples are longer than seq_len: {lost:,} tokens are lost" if cut else \
                 f"All {len(chats):,} samples fit into seq_len"
+        if gone: words += f"; {gone:,} samples are left out, since nothing trained remains of them"
         out.append(histogram(chats, words, seq_len, f"seq_len {seq_len:,}", "tokens in a sample"))
     if len(texts):
         out.append(histogram(texts, f"{len(texts):,} texts, split into pieces of seq_len", seq_len,
@@ -213,7 +215,7 @@ def shares_html(report: Report) -> list[Html]:
     tokens, trained, lost = (total(report, name) for name in ("tokens", "trained_tokens", "lost_tokens"))
     out = [figure(f"{percent(trained, tokens)} of the tokens are trained, the rest is their context",
                   shares({"trained": trained, "context": tokens - trained}, (GREEN, GREY), " tokens"))]
-    if lost: out.append(figure(f"{percent(lost, tokens)} of the tokens lie behind seq_len and are lost",
+    if lost: out.append(figure(f"{percent(lost, tokens)} of the tokens are lost at seq_len",
                                shares({"kept": tokens - lost, "lost": lost}, (BLUE, ORANGE), " tokens")))
     return out
 
