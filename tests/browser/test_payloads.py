@@ -55,7 +55,7 @@ def test_tokens(lab: Lab) -> None:
     browser = book.output(2)
     browser.get_by_text("2 samples").or_(browser.get_by_text("1 sample")).first.wait_for()
     box = browser.locator("input[type=number]")
-    for number in range(2, len(whole), 7):
+    for number in range(2, len(whole), 15):
         box.fill(str(number)); box.press("Enter")
         browser.get_by_text(f"tokens.jsonl:{number}").wait_for()
     box.fill(str(len(whole) + 1)); box.press("Enter")
@@ -111,7 +111,7 @@ def test_report(lab: Lab) -> None:
     number = widgets.locator("input[type=number]")
     number.wait_for()
     places = json.loads((home / "places.json").read_text())
-    for view, step in (("tokens", 11), ("row", 11), ("before and after", 1)):
+    for view, step in (("tokens", 25), ("row", 25), ("before and after", 1)):
         widgets.get_by_role("button", name=view).click()
         for at in range(1, len(places) + 1, step):
             number.fill(str(at)); number.press("Enter")
