@@ -104,9 +104,14 @@ def validate(words: argparse.Namespace) -> int:
     from mistral_nb.data.report import as_json
     report = _validated(words)
     print(json.dumps(as_json(report), indent=1, ensure_ascii=False) if words.json else report)
-    made = report.save(words.save_reports) if words.save_reports else []
+    made = _saved(report, words.save_reports) if words.save_reports else []
     for path in made + (report.write_corrected() if words.create_corrected else []): _say(f"wrote {path}")
     return 0 if report.ok else 1
+
+def _saved(report: Any, folder: str) -> list[Path]:
+    "The report's files, its page drawn as in a notebook."
+    import mistral_nb.ui.dashboard  # noqa: F401, it draws reports
+    return report.save(folder)
 
 def _say(text: str) -> None:
     "A word beside the output."

@@ -62,8 +62,8 @@ from .tokenize import version_of
 __all__ = ['WHOLE', 'COLUMNS', 'TWICE', 'H100', 'explain', 'Problem', 'as_frame', 'Part', 'row_problems', 'long_rows',
            'long_problems', 'bare_problem', 'Repeats', 'Report', 'code_counts', 'label', 'lengths', 'turns', 'calls',
            'example', 'figures', 'loader_of', 'expected', 'time_for', 'measured_speed', 'published_speed',
-           'known_speed', 'ranks_here', 'validate', 'firsts', 'place', 'as_text', 'verdict', 'as_html', 'as_json',
-           'save_report', 'check_unchanged', 'write_corrected', 'MendResult', 'mended_place', 'mended_file',
+           'known_speed', 'gpu_name', 'ranks_here', 'validate', 'firsts', 'place', 'as_text', 'verdict', 'as_html',
+           'as_json', 'save_report', 'check_unchanged', 'write_corrected', 'MendResult', 'mended_place', 'mended_file',
            'mend_part', 'mend_all', 'cleared', 'mended_config', 'preview']
 
 # %% ../../nbs/19_data.report.ipynb #69051a77
@@ -406,20 +406,25 @@ def measured_speed(run_dir: str | Path) -> float | None:
     except (ValueError, KeyError, TypeError): return None
 
 
-def published_speed(model: str | Path, gpu: str) -> float | None:
-    "What is known of a model, by dim, layers and experts, on a GPU of this name."
+def published_speed(model: str | Path) -> float | None:
+    "What is known of a model, by dim, layers and experts, if this machine has the GPU it was timed on."
     try: args = json.loads((Path(model) / "params.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     shape = args.get("dim"), args.get("n_layers"), (args.get("moe") or {}).get("num_experts", 1)
-    return H100.get(shape) if "H100" in gpu else None
+    return H100[shape] if shape in H100 and "H100" in gpu_name() else None
 
 
 def known_speed(cfg: TrainConfig) -> tuple[float | None, str]:
     "Tokens a second of one rank, and where the figure comes from."
     if speed := measured_speed(cfg.run_dir): return speed, f"measured by the run in {cfg.run_dir}"
-    from mistral_nb.device import default_device, device_name
-    speed = published_speed(cfg.model_id_or_path, device_name(default_device()))
+    speed = published_speed(cfg.model_id_or_path)
     return speed, "published for an H100" if speed else ""
+
+
+def gpu_name() -> str:
+    "What the device is called."
+    from mistral_nb.device import default_device, device_name
+    return device_name(default_device())
 
 
 def ranks_here() -> int:

@@ -249,6 +249,7 @@ class StoreWriter:
         self.files = {name: open(self.tmp / f"{name}.arrow", "wb") for name in TABLES}
         self.arrows = {name: pa.ipc.new_file(self.files[name], schema) for name, schema in TABLES.items()}
         self.waiting: dict[str, list[pa.RecordBatch]] = {name: [] for name in TABLES}
+        self.held = dict.fromkeys(TABLES, 0)  # bytes of what is waiting
         self.errors = 0
 
     def add(self, tables: dict[str, pa.RecordBatch]) -> None:
@@ -256,13 +257,14 @@ class StoreWriter:
         self.errors += tables["problems"].column("level").to_pylist().count("error")
         for name, batch in tables.items():
             self.waiting[name].append(batch)
-            if sum(b.nbytes for b in self.waiting[name]) > BATCH: self._write(name)
+            self.held[name] += batch.nbytes
+            if self.held[name] > BATCH: self._write(name)
 
     def _write(self, name: str) -> None:
         "What is waiting of a table, as one batch."
         whole = pa.Table.from_batches(self.waiting[name], TABLES[name]).combine_chunks()
         for batch in whole.to_batches(): self.arrows[name].write_batch(batch)
-        self.waiting[name] = []
+        self.waiting[name], self.held[name] = [], 0
 
     def close(self) -> None:
         "Finish the files and give their folder its name."
