@@ -59,12 +59,13 @@ from .tokenize import load_tokenizer
 from .tokenize import version_of
 
 # %% auto #0
-__all__ = ['WHOLE', 'COLUMNS', 'TWICE', 'H100', 'explain', 'Problem', 'as_frame', 'Part', 'row_problems', 'long_rows',
+__all__ = ['WHOLE', 'COLUMNS', 'TWICE', 'H100', 'Targets', 'explain', 'Problem', 'as_frame', 'Part', 'row_problems', 'long_rows',
            'long_problems', 'bare_problem', 'Repeats', 'Report', 'code_counts', 'label', 'lengths', 'turns', 'calls',
            'example', 'figures', 'loader_of', 'expected', 'time_for', 'measured_speed', 'published_speed',
            'known_speed', 'gpu_name', 'ranks_here', 'validate', 'firsts', 'place', 'as_text', 'verdict', 'as_html',
            'as_json', 'save_report', 'check_unchanged', 'write_corrected', 'MendResult', 'mended_place', 'mended_file',
-           'mend_part', 'mend_all', 'cleared', 'mended_config', 'preview']
+           'targets_of', 'check_targets', 'mend_all', 'num_twice', 'cleared', 'without_lines', 'mended_config',
+           'preview']
 
 # %% ../../nbs/19_data.report.ipynb #69051a77
 WHOLE = {
@@ -621,15 +622,24 @@ def mended_file(path: Path, to: Path, part: Part, version: str, only: Any, witho
     return result
 
 # %% ../../nbs/19_data.report.ipynb #e2697a73
-def mend_part(
-    part: Part, report: Report, to: Path | None, only: Any, overwrite: bool, without: dict[str, set[int]]
-) -> tuple[Path, list[MendedFile]]:
-    "Mend the files of one source: the new source and its files."
-    root, version = part.job.source.path, version_of(report.tokenizer)
+Targets = dict[Path, Path]  # new file by old file
+
+
+def targets_of(part: Part, to: Path | None) -> tuple[Path, Targets]:
+    "The new form of a source, and its files."
+    root = part.job.source.path
     place = mended_place(root, to, root.is_dir())
-    targets = {f: place / f.relative_to(root) if root.is_dir() else place for f in part.job.files}
-    for file, target in targets.items(): check_target(target, file, overwrite)
-    return place, [mended_file(f, t, part, version, only, without.get(str(f), set())) for f, t in targets.items()]
+    return place, {f: place / f.relative_to(root) if root.is_dir() else place for f in part.job.files}
+
+
+def check_targets(all_targets: list[Targets], overwrite: bool) -> None:
+    "Before anything is written, refuse to write over a file, or two files into one."
+    for file, target in (item for targets in all_targets for item in targets.items()):
+        check_target(target, file, overwrite)
+        others = [f for targets in all_targets for f, t in targets.items() if t.absolute() == target.absolute()]
+        if len(others) > 1:
+            raise ValueError(f"{target} would be written twice, for {' and for '.join(map(str, others))}; name a file "
+                             "once, give the files different names, or mend them apart")
 
 
 def mend_all(
@@ -640,30 +650,44 @@ def mend_all(
     leave_out: Iterable[str] = ("duplicate", "leaked"),  # codes of rows that come twice
 ) -> MendResult:
     "Write mended forms of all files of the report to new files."
-    leave_out, to = list(leave_out), Path(to) if to else None
+    leave_out, version = list(leave_out), version_of(report.tokenizer)
     check_unchanged(report, [str(f) for part in report.parts for f in part.job.files])
-    without = report.repeats.lines(leave_out)
-    new = [(part, *mend_part(part, report, to, only, overwrite, without)) for part in report.parts]
-    cfg = mended_config(report, new)
-    after, more = cleared(report, cfg, leave_out)
-    counts = Counter({code: report.levels["warning"][code] for code in leave_out}) + more
-    return MendResult([f for _, _, files in new for f in files], dict(counts), cfg, after)
+    places, targets = zip(*(targets_of(part, Path(to).expanduser() if to else None) for part in report.parts))
+    check_targets(list(targets), overwrite)
+    without, cfg = report.repeats.lines(leave_out), mended_config(report, places)
+    files = [mended_file(file, target, part, version, only, without.get(str(file), set()))
+             for part, new in zip(report.parts, targets) for file, target in new.items()]
+    after, more = cleared(report, cfg, leave_out, files)
+    return MendResult(files, dict(num_twice(report, leave_out) + more), cfg, after)
 
 
-def cleared(report: Report, cfg: TrainConfig, leave_out: list[str]) -> tuple[Report, Counter]:
+def num_twice(report: Report, codes: list[str]) -> Counter:
+    "How many rows are left out for each code."
+    return Counter({code: sum(map(len, report.repeats.lines([code]).values())) for code in codes})
+
+
+def cleared(report: Report, cfg: TrainConfig, codes: list[str], files: list[MendedFile]) -> tuple[Report, Counter]:
     "The report on new files, after rows that come twice in them were taken out; and how many these were."
     check = lambda: validate(cfg, report.tokenizer, report.world, tokens_per_second=report.tokens_per_second)
-    after = check()
-    twice = Counter({code: after.levels["warning"][code] for code in leave_out})
-    for file, lines in after.repeats.lines(leave_out).items():
-        kept = [row.raw for row in read_rows(file) if row.line not in lines]
-        with new_file(Path(file)) as f: f.writelines(kept)
-    return (check() if twice.total() else after), twice
+    after, num, by_name = check(), Counter(), {str(f.path): f for f in files}
+    while twice := after.repeats.lines(codes):
+        num += num_twice(after, codes)
+        for file, lines in twice.items(): without_lines(by_name[file], lines)
+        after = check()
+    return after, num
 
 
-def mended_config(report: Report, new: list[tuple[Part, Path, list[MendedFile]]]) -> TrainConfig:
-    "The config with the new sources in place of the old."
-    spec = lambda use, kind: ",".join(f"{place}:{part.job.source.weight:g}" for part, place, _ in new
+def without_lines(file: MendedFile, lines: set[int]) -> None:
+    "Take rows out of a new file."
+    kept = [row.raw for row in read_rows(file.path) if row.line not in lines]
+    with new_file(file.path) as f: f.writelines(kept)
+    file.rows = len(kept)
+
+
+def mended_config(report: Report, places: Iterable[Path]) -> TrainConfig:
+    "The config with the new sources, at `places`, in place of the old."
+    spec = lambda use, kind: ",".join(f"{place}:{part.job.source.weight}".removesuffix(".0")
+                                      for part, place in zip(report.parts, places)
                                       if (part.use, part.store.kind) == (use, kind))
     data = {"instruct_data": spec("train", "instruct"), "data": spec("train", "pretrain"),
             "eval_instruct_data": spec("eval", "instruct")}
