@@ -54,8 +54,8 @@ __all__ = ['HOME', 'FORMAT', 'PLACE', 'SAMPLES', 'INDEX', 'ROWS', 'PROBLEMS', 'B
            'size_and_sum', 'StoreWriter', 'DamagedStore', 'read_manifest', 'read_batches', 'read_columns', 'serve',
            'Worker', 'raw_rows', 'chunks_of', 'encode_rows', 'encode_elsewhere', 'digest', 'tokenizer_identity',
            'code_identity', 'store_key', 'cache_folder', 'try_lock', 'locked', 'Job', 'default_workers', 'Stored',
-           'load_stored', 'write_store', 'give_back_memory', 'obtain', 'CacheError', 'DataError', 'first_error',
-           'build_store']
+           'load_stored', 'write_store', 'prune', 'give_back_memory', 'obtain', 'CacheError', 'DataError',
+           'first_error', 'build_store']
 
 # %% ../../nbs/15_data.store.ipynb #59a4bd57
 HOME = Path(mistral_nb.__file__).resolve().parent
@@ -175,9 +175,10 @@ class Encoder:
 
 
 def has_header(row: dict) -> bool:
-    "Whether a row has a part that others may share: a system prompt or tools."
+    "Whether a chat has a part that others may share: a system prompt or tools."
+    if any(row.get(name) for name in ("tools", "available_tools", "system_prompt")): return True
     messages = row.get("messages") or row.get("interactions")
-    return len(row) > 1 or bool(messages) and messages[0]["role"] == "system"
+    return bool(messages) and messages[0]["role"] == "system"
 
 
 def said(row: dict) -> str:
@@ -536,6 +537,7 @@ def load_stored(job: Job) -> Stored | None:
     if not job.path.exists(): return None
     try:
         errors = read_manifest(job.path)["errors"]
+        os.utime(job.path)  # it is in use
         samples, index, rows, problems = (read_batches(job.path, name) for name in TABLES)
         store = TokenStore(samples, index, job.files, job.encoder.kind, job.name)
         return Stored(job, store, pa.Table.from_batches(rows, ROWS), pa.Table.from_batches(problems, PROBLEMS), errors)
@@ -548,6 +550,7 @@ def load_stored(job: Job) -> Stored | None:
 def write_store(job: Job) -> None:
     "Read all rows of `job` into its store."
     writer = StoreWriter(job.path)
+    prune(job.path.parent)
     try:
         with closing(job.tables()) as parts:
             for tables in parts: writer.add(tables)
@@ -555,6 +558,15 @@ def write_store(job: Job) -> None:
     finally:
         writer.discard()
         give_back_memory()
+
+
+def prune(folder: Path) -> None:
+    "Remove stores that nobody has used for a month, and what builds that were killed left a day ago."
+    for path in folder.glob("*"):
+        days = 1 if path.name.endswith(".tmp") else 30
+        try: old = time.time() - path.stat().st_mtime > days * 86400
+        except OSError: continue  # another process was quicker
+        if old and path.is_dir(): shutil.rmtree(path, ignore_errors=True)
 
 
 def give_back_memory() -> None:
@@ -571,7 +583,8 @@ def obtain(job: Job) -> Stored:
         with locked(job.path.with_suffix(".lock"), job.name):
             if found := load_stored(job): return found
             write_store(job)
-            return load_stored(job)
+            if made := load_stored(job): return made
+        raise OSError("what was written could not be read back")
     except OSError as e:
         raise CacheError(f"cannot keep the tokens of {job.name} in {job.path.parent}: {e}\n"
                          "Set MISTRAL_NB_CACHE to a folder that can be written and has room.") from e
