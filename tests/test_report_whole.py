@@ -425,6 +425,8 @@ def test_speed_of_a_run(at):
     assert report.tokens_per_second == 50 and report.speed_from == f"measured by the run in {run}"
     assert e["eta"] == f"{seconds // 3600:02}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
     assert "measured by the run" in str(report)
+    after = report.mend().report
+    assert (after.tokens_per_second, after.speed_from) == (50, report.speed_from)
     assert at.report(speed=99.0).speed_from == "given" and at.report(speed=99.0).tokens_per_second == 99
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -668,7 +669,8 @@ def num_twice(report: Report, codes: list[str]) -> Counter:
 
 def cleared(report: Report, cfg: TrainConfig, codes: list[str], files: list[MendedFile]) -> tuple[Report, Counter]:
     "The report on new files, after rows that come twice in them were taken out; and how many these were."
-    check = lambda: validate(cfg, report.tokenizer, report.world, tokens_per_second=report.tokens_per_second)
+    check = lambda: replace(validate(cfg, report.tokenizer, report.world, tokens_per_second=report.tokens_per_second),
+                            speed_from=report.speed_from)
     after, num, by_name = check(), Counter(), {str(f.path): f for f in files}
     while twice := after.repeats.lines(codes):
         num += num_twice(after, codes)
