@@ -120,6 +120,12 @@ class TrainConfig(Settings):
     no_ckpt: bool = Field(False, description="no checkpoints")
     num_ckpt_keep: Annotated[int, Field(ge=1)] | None = Field(3, description="checkpoints to keep; null keeps all")
     save_adapters: bool = Field(True, description="save the adapters; false: the whole merged model")
+    ckpt_seconds: Annotated[Float, Field(gt=0)] | None = Field(None, description="seconds after which a checkpoint is "
+        "due, whatever the step; null: none by the clock")
+    save_to: Off = Field(None, description="second place for every checkpoint, copied while training goes on: a folder "
+        "such as one on a mounted Drive, or hf://user/repo")
+    resume: Annotated[str, Field(min_length=1)] = Field("auto", description="auto: go on where the run folder's newest "
+        "checkpoint stands; never: refuse a used folder; or a checkpoint or lora.safetensors to start from")
     overwrite: bool = Field(False, description="start afresh in a used run folder; what it holds is lost")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
     mlflow: MLFlowConfig = Field(default_factory=MLFlowConfig, description="MLflow")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['TRAIN_COLUMNS', 'EVAL_COLUMNS', 'Run', 'curve', 'facts', 'plot', 'base_folder', 'load', 'run_generate', 'chat',
-           'Comparison', 'compare', 'train']
+           'Comparison', 'compare', 'train', 'resume']
 
 # %% ../nbs/51_run.ipynb #a74faf9d
 TRAIN_COLUMNS = ["step", "loss", "lr", "grad_norm", "percent_done", "wps", "avg_wps", "eta_in_seconds"]
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        "`state` (new, running, finished, interrupted, failed, died), step, and the reason if it broke."
+        "`state` (new, running, finished, interrupted, failed, died), step, where it went on from, why it broke."
         return read_status(self.folder)
 
     @property
@@ -107,6 +107,7 @@ def facts(run: Run) -> dict[str, str]:
     "What one asks first, in words."
     status, train, held_out = run.status, run.metrics, run.eval_metrics
     out = {"state": " ".join(filter(None, [status["state"], f"({status['reason']})" if status.get("reason") else ""]))}
+    if status.get("resumed_from"): out["went on"] = f"after step {status['resumed_step']:,}"
     if len(train):
         out["steps"] = f"{int(train['step'].iloc[-1]):,} of {run.config.max_steps:,}"
         out["train loss"] = f"{train['loss'].iloc[0]:.3f} → {train['loss'].iloc[-1]:.3f}"
@@ -245,3 +246,13 @@ def train(
     "Train, and return the handle on the run. An interrupt saves and returns too."
     cfg = cfg if isinstance(cfg, TrainConfig) else TrainConfig.load(cfg)
     return Run(fit(cfg, **options))
+
+# %% ../nbs/51_run.ipynb #5be41b74
+def resume(run: Run, **options: Any) -> Run: # options: those of `fit`
+    "Go on with this run, as it was set up; a finished one stays as it is."
+    cfg = run.config.model_copy(update={"run_dir": str(run.path), "overwrite": False})
+    if cfg.resume == "never": cfg.resume = "auto"
+    cfg.model_id_or_path = str(base_folder(run))
+    return train(cfg, **options)
+
+Run.resume = resume

@@ -205,7 +205,8 @@ def test_used_folder(model_dir, tmp_path):
     cfg = make_config(model_dir, tmp_path, max_steps=3, ckpt_freq=1)
     folder = run(cfg)
     (folder.path / "notes.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match="overwrite: true"): run(cfg)
+    with pytest.raises(RunFolderError, match="overwrite: true"): run(cfg.model_copy(update={"resume": "never"}))
+    with pytest.raises(RunFolderError, match="seed: was 0, now 1"): run(cfg.model_copy(update={"seed": 1}))
     assert names(folder) == ["checkpoint_000001", "checkpoint_000002", "checkpoint_000003"]
     run(cfg.model_copy(update={"overwrite": True, "max_steps": 2, "ckpt_freq": 0}))
     assert names(folder) == ["checkpoint_000002"] and len(losses(folder)) == 2

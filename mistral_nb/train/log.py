@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from ..device import Memory
 from .evaluate import EvalResult
 from .folder import RunFolder
 from .folder import now
+from .folder import read_jsonl
 from .folder import without_secrets
 
 # %% auto #0
 __all__ = ['GIB', 'Meter', 'train_record', 'eval_record', 'Sink', 'JsonLines', 'TensorBoard', 'Wandb', 'MLFlow', 'Bar', 'summary',
-           'Live', 'Log', 'open_log']
+           'Live', 'Log', 'open_log', 'tell']
 
 # %% ../../nbs/45_train.log.ipynb #e02352b6
 class Meter:
@@ -34,10 +36,12 @@ class Meter:
         self,
         max_steps: int,
         clock: Callable[[], float] = time.perf_counter, # seconds
+        before: Sequence[float] = (0, 0, 0.0), # `totals` of the process that this one goes on from
     ):
-        self.max_steps, self.clock, self.steps = max_steps, clock, 0
-        # tokens and seconds: of step one, of the later steps, since `wps` was asked
-        self.first, self.sum, self.lap = (0, 0.0), (0, 0.0), (0, 0.0)
+        self.max_steps, self.clock, self.steps, self.here = max_steps, clock, int(before[0]), 0
+        # tokens and seconds: of this process's first step, of all other steps, since `wps` was asked
+        self.first, self.sum, self.lap = (0, 0.0), tuple(before[1:]), (0, 0.0)
+        self._pace = before[2] / before[0] if before[0] else 0.0
 
     def begin(self) -> None:
         "A step starts."
@@ -46,9 +50,9 @@ class Meter:
     def end(self, tokens: int) -> None:
         "The step is done, over this many tokens."
         self._ended = self.clock()
-        step, self.steps = (tokens, self._ended - self._began), self.steps + 1
+        step, self.steps, self.here = (tokens, self._ended - self._began), self.steps + 1, self.here + 1
         self.lap = _plus(self.lap, step)
-        if self.steps == 1: self.first, self._first_ended = step, self._ended
+        if self.here == 1: self.first, self._first_ended = step, self._ended
         else: self.sum = _plus(self.sum, step)
 
     def wps(self) -> float:
@@ -57,13 +61,17 @@ class Meter:
         return _ratio(*lap)
 
     def avg_wps(self) -> float:
-        "Tokens per second over all steps but the first."
-        return _ratio(*(self.sum if self.steps > 1 else self.first))
+        "Tokens per second over all steps but the first of each process."
+        return _ratio(*(self.sum if self.sum[1] > 0 else self.first))
 
     def eta(self) -> float:
-        "Seconds until the last step, from the pace since the first."
-        pace = (self._ended - self._first_ended) / (self.steps - 1) if self.steps > 1 else self.first[1]
-        return (self.max_steps - self.steps) * pace
+        "Seconds until the last step, from the pace since the first; at the first, from the pace before."
+        since = (self._ended - self._first_ended) / (self.here - 1) if self.here > 1 else self._pace or self.first[1]
+        return (self.max_steps - self.steps) * since
+
+    def totals(self) -> list[float]: # steps, tokens, seconds
+        "What a later process needs to count on."
+        return [self.steps, *self.sum]
 
 def _plus(a: tuple[int, float], b: tuple[int, float]) -> tuple[int, float]: return a[0] + b[0], a[1] + b[1]
 def _ratio(tokens: int, seconds: float) -> float: return tokens / seconds if seconds > 0 else 0.0
@@ -118,9 +126,9 @@ def _append(path: Path, line: str) -> None:
 class TensorBoard(Sink):
     "The same numbers in `tb/`, as `train.loss`, `eval.perplexity`, …"
     name = "TensorBoard"
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, done: int = 0): # done: steps of earlier processes; what is later is dropped
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(folder.tb), flush_secs=10)
+        self.writer = SummaryWriter(str(folder.tb), flush_secs=10, purge_step=done + 1 if done else None)
 
     def write(self, tag: str, record: dict[str, float]) -> None:
         for key, value in record.items():
@@ -164,10 +172,10 @@ class MLFlow(Sink):
 class Bar(Sink):
     "A progress bar with loss, learning rate and tokens per second."
     name = "the progress bar"
-    def __init__(self, max_steps: int):
+    def __init__(self, max_steps: int, done: int = 0): # done: steps of earlier processes
         from tqdm.auto import tqdm
         hidden = bool(in_notebook() and os.environ.get("IN_TEST"))
-        self.bar = tqdm(total=max_steps, unit="step", desc="train", dynamic_ncols=True, disable=hidden)
+        self.bar = tqdm(total=max_steps, initial=done, unit="step", desc="train", dynamic_ncols=True, disable=hidden)
 
     def write(self, tag: str, record: dict[str, float]) -> None:
         if tag == "train": self.bar.set_postfix(summary(record), refresh=False)
@@ -181,9 +189,13 @@ def summary(record: dict[str, float]) -> dict[str, str]:
     return {"loss": f"{record['loss']:.3f}", "lr": f"{record['lr']:.1e}", "tokens/s": f"{record['wps']:,.0f}"}
 
 class Live(Sink):
-    "The curve in the cell that trains."
+    "The curve in the cell that trains; of a run that goes on, from its first step."
     name = "the live curve"
-    def __init__(self, title: str, max_steps: int): self.curve, self.max_steps = LiveCurve(title), max_steps
+    def __init__(self, folder: RunFolder, max_steps: int):
+        self.curve, self.max_steps = LiveCurve(folder.path.name), max_steps
+        for tag, key, name in [("train", "loss", "train_loss"), ("eval", "eval_loss", "eval_loss")]:
+            for record in read_jsonl(folder.metrics(tag)):
+                if record.get(key) is not None: self.curve.curve.add(record["step"], **{name: record[key]})
 
     def write(self, tag: str, record: dict[str, float]) -> None:
         if tag == "eval": return self.curve.add(record["step"], eval_loss=record["eval_loss"])
@@ -235,13 +247,18 @@ def _words(error: Exception) -> str:
     "An error in one line."
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
-def open_log(folder: RunFolder, cfg: TrainConfig) -> Log:
+def open_log(folder: RunFolder, cfg: TrainConfig, done: int = 0) -> Log: # done: steps of earlier processes
     "All sinks that `cfg` asks for; wandb and MLflow are imported only then."
     log = Log()
     log.sinks.append(JsonLines(folder))
-    log.add("progress bar", lambda: Bar(cfg.max_steps))
-    log.add("live curve", lambda: Live(folder.path.name, cfg.max_steps))
-    log.add("TensorBoard", lambda: TensorBoard(folder))
+    log.add("progress bar", lambda: Bar(cfg.max_steps, done))
+    log.add("live curve", lambda: Live(folder, cfg.max_steps))
+    log.add("TensorBoard", lambda: TensorBoard(folder, done))
     if cfg.wandb.project: log.add("wandb", lambda: Wandb(folder, cfg))
     if cfg.mlflow.tracking_uri: log.add("mlflow", lambda: MLFlow(folder, cfg))
     return log
+
+def tell(text: str) -> None:
+    "A sentence on the screen, where no run is open."
+    from tqdm import tqdm
+    tqdm.write(text, file=sys.stdout)

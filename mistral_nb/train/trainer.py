@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections import deque
@@ -18,6 +19,8 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from ..data.loader import Batch
 from ..data.loader import TrainLoader
 from ..data.loader import load_data
 from ..data.tokenize import load_tokenizer
+from ..device import check_float32
 from ..device import compute_dtype
 from ..device import default_device
 from ..device import device_name
@@ -44,31 +48,53 @@ from ..model.transformer import Transformer
 from ..model.transformer import checkpoint_blocks
 from .evaluate import evaluate
 from .folder import RunFolder
-from .folder import check_free
-from .folder import create
+from .folder import add_status
 from .folder import keep_newest
 from .folder import list_checkpoints
 from .folder import new_checkpoint
+from .folder import read_jsonl
+from .folder import read_status
+from .folder import without_secrets
 from .folder import write_status
+from .log import JsonLines
 from .log import Log
 from .log import Meter
 from .log import eval_record
 from .log import open_log
+from .log import tell
 from .log import train_record
+from .mirror import Mirror
+from .mirror import open_place
 from .optim import Updater
 from .optim import advance
 from .optim import current_lr
 from .optim import make_optimizer
 from .optim import make_schedule
+from .resume import Start
+from .resume import begin
+from .resume import check_identity
+from .resume import data_identity
+from .resume import digest_of_settings
+from .resume import flush_metrics
+from .resume import load_state
+from .resume import model_identity
+from .resume import moved_notes
+from .resume import save_state
+from .resume import surroundings
+from .resume import where_to_start
+from .resume import wind
+from .resume import write_manifest
 from ..weights.checkpoint import check_folder
+from ..weights.checkpoint import load_adapter
 from ..weights.checkpoint import load_model
 from ..weights.checkpoint import save_adapter
 from ..weights.checkpoint import save_merged
 
 # %% auto #0
-__all__ = ['MOST_SKIPPED', 'train_step', 'seed_step', 'Interrupt', 'TrainingError', 'check_step', 'Job', 'prepare',
-           'model_folder', 'due', 'loop', 'held_out_loss', 'save', 'run_job', 'rescue', 'opening', 'closing', 'fit',
-           'untouched_torch', 'reported']
+__all__ = ['MOST_SKIPPED', 'train_step', 'seed_step', 'Interrupt', 'SaveSignal', 'TrainingError', 'check_step', 'Job', 'check',
+           'prepare', 'restore', 'model_folder', 'due', 'loop', 'owed', 'held_out_loss', 'save', 'save_rest', 'run_job',
+           'tell_news', 'mirror_state', 'rescue', 'opening', 'float32_products', 'start_notes', 'closing', 'fit',
+           'resumed', 'settle', 'open_mirror', 'finish_mirror', 'untouched_torch', 'reported']
 
 # %% ../../nbs/46_train.trainer.ipynb #fbd27bee
 def train_step(
@@ -97,7 +123,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 # %% ../../nbs/46_train.trainer.ipynb #1bdaefde
 class Interrupt:
-    "While open: the first SIGINT or SIGTERM sets `asked`; the second raises KeyboardInterrupt at once."
+    "While open: SIGINT or SIGTERM sets `asked`; a SIGINT after that raises KeyboardInterrupt at once."
     def __init__(self, event: threading.Event | None = None): # event: stop from elsewhere
         self.event, self.count, self._old = event or threading.Event(), 0, {}
 
@@ -112,11 +138,32 @@ class Interrupt:
     def __exit__(self, *exc: Any) -> None:
         for s, old in self._old.items(): signal.signal(s, old)
 
-    def _note(self, *_: Any) -> None:
+    def _note(self, number: int, *_: Any) -> None:
         self.count += 1
         self.event.set()
-        if self.count > 1: raise KeyboardInterrupt
+        if self.count > 1 and number == signal.SIGINT: raise KeyboardInterrupt
+        if self.count > 1: return
         os.write(2, b"\nstopping: this step is finished and a checkpoint saved; once more stops at once\n")
+
+# %% ../../nbs/46_train.trainer.ipynb #487f5c64
+class SaveSignal:
+    "While open: SIGUSR1 asks for a checkpoint."
+    def __init__(self): self.asked, self._old = False, None
+
+    def take(self) -> bool:
+        "Whether it was asked for since the last call."
+        asked, self.asked = self.asked, False
+        return asked
+
+    def __enter__(self) -> SaveSignal:
+        if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGUSR1, self._note)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._old is not None: signal.signal(signal.SIGUSR1, self._old)
+
+    def _note(self, *_: Any) -> None: self.asked = True
 
 # %% ../../nbs/46_train.trainer.ipynb #29ffae76
 class TrainingError(ValueError):
@@ -169,20 +216,42 @@ class Job:
     model: Transformer
     updater: Updater
     schedule: OneCycleLR
-    notes: list[str] # what a user should know of the data
+    notes: list[str] # what a user should know of the data, and of the start
+    start: Start = field(default_factory=Start)
+    meter: Meter = None
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=8)) # of the last gradients
+    step: int = 0 # steps done
+    loss: float = math.nan # of the last one
+    whole: bool = True # weights, `step` and metrics are of one moment
+    mirror: Mirror | None = None # copies checkpoints to `save_to`
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        "What the numbers come from, beside the settings."
+        return {"model": model_identity(model_folder(self.cfg)), "data": data_identity(self.loader),
+                "world": world_size()}
+
+    @property
+    def surroundings(self) -> dict[str, str]:
+        "What their last bits come from."
+        return surroundings(device_name(self.device), self.dtype)
 
     def release(self) -> None:
         "Let go of the model, for those who hold on to an error and with it to this job."
         self.model = self.updater = self.schedule = None
 
-def prepare(cfg: TrainConfig, device: torch.device) -> Job:
-    "Check everything, then load: all that can be wrong is told here, and nothing is written."
-    folder = RunFolder(cfg.run_dir)
+def check(cfg: TrainConfig) -> Start:
+    "What can be told of settings and folders alone: whether the run can be, and where it starts."
     cfg.check_ready()
     if world_size() > 1:
         raise TrainingError(f"WORLD_SIZE is {world_size()}: this version trains in one process; "
                             "start it without torchrun")
-    check_free(folder, cfg.overwrite)
+    open_place(cfg)
+    return where_to_start(cfg)
+
+def prepare(cfg: TrainConfig, device: torch.device, start: Start) -> Job:
+    "Check all the rest, then load: what can be wrong is told here, and nothing is written."
+    folder = RunFolder(cfg.run_dir)
     check_folder(model_folder(cfg))
     dtype = compute_dtype(cfg.dtype, device)
     with warnings.catch_warnings(record=True) as said:
@@ -192,9 +261,24 @@ def prepare(cfg: TrainConfig, device: torch.device) -> Job:
                        trainable=not cfg.lora.enable, seed=cfg.seed)
     checkpoint_blocks(model, cfg.checkpoint)
     updater = Updater(make_optimizer(model.parameters(), cfg.optim), cfg.max_norm, dtype)
-    return Job(cfg, folder, device, dtype, loader, held_out, model, updater,
-               make_schedule(updater.optimizer, cfg.optim, cfg.max_steps),
-               [str(w.message) for w in said if w.category is UserWarning])
+    job = Job(cfg, folder, device, dtype, loader, held_out, model, updater,
+              make_schedule(updater.optimizer, cfg.optim, cfg.max_steps),
+              [str(w.message) for w in said if w.category is UserWarning], start, Meter(cfg.max_steps))
+    restore(job)
+    return job
+
+def restore(job: Job) -> None:
+    "Put the job where its `start` stands."
+    start = job.start
+    if start.adapter: load_adapter(job.model, start.adapter, job.cfg.lora.scaling)
+    if start.checkpoint:
+        check_identity(start.manifest["identity"], job.identity, start.checkpoint)
+        numbers = load_state(start.checkpoint / "state", job.model, job.updater, rank())
+        job.meter, job.loss = Meter(job.cfg.max_steps, before=numbers["meter"]), numbers["loss"]
+        job.norms.extend(numbers["norms"])
+    elif start.step: job.meter = Meter(job.cfg.max_steps, before=(start.step, 0, 0.0))
+    job.step = start.step
+    wind(job.schedule, job.step)
 
 def model_folder(cfg: TrainConfig) -> Path:
     "Where the model to train from is."
@@ -207,24 +291,32 @@ def due(step: int, freq: int, last: int) -> bool:
 
 def loop(job: Job, log: Log, stop: Interrupt) -> Iterator[int]: # the steps done, one by one
     "The steps of a run."
-    cfg, model, meter, norms = job.cfg, job.model, Meter(job.cfg.max_steps), deque(maxlen=8)
+    cfg, model, meter = job.cfg, job.model, job.meter
     model.train()
-    for step in range(1, cfg.max_steps + 1):
+    if job.held_out and owed(job): held_out_loss(job, log, stop, job.step, job.loss)
+    for step in range(job.step + 1, cfg.max_steps + 1):
         if stop.asked: return
         seed_step(cfg.seed, step, rank())
         meter.begin()
         batches    = [job.loader.batch(step - 1, rank(), i) for i in range(cfg.num_microbatches)]
         lr         = current_lr(job.updater.optimizer)
         loss, norm = train_step(model, batches, job.updater)
-        check_step(step, loss, norm, batches, job.updater, norms)
+        check_step(step, loss, norm, batches, job.updater, job.norms)
+        job.whole = False
         if not math.isfinite(norm): log.say(f"step {step}: a float16 gradient overflowed; skipped, loss scale halved")
         advance(job.schedule)
         meter.end(world_size() * sum(len(batch.input_ids) for batch in batches))
         if step == 1 or due(step, cfg.log_freq, cfg.max_steps):
             log.write("train", train_record(step, loss, lr, norm, meter, memory(job.device)))
+        job.step, job.loss, job.whole = step, loss, True
         log.tick(step)
         if job.held_out and due(step, cfg.eval_freq, cfg.max_steps): held_out_loss(job, log, stop, step, loss)
         yield step
+
+def owed(job: Job) -> bool:
+    "Whether the evaluation that belongs to the step of the start was interrupted."
+    if not job.step or not due(job.step, job.cfg.eval_freq, job.cfg.max_steps) or math.isnan(job.loss): return False
+    return all(record["step"] != job.step for record in read_jsonl(job.folder.metrics("eval")))
 
 def held_out_loss(job: Job, log: Log, stop: Interrupt, step: int, train_loss: float) -> None:
     "Evaluate and report; an interrupted evaluation says nothing."
@@ -235,34 +327,62 @@ def held_out_loss(job: Job, log: Log, stop: Interrupt, step: int, train_loss: fl
     if not stop.asked: log.write("eval", eval_record(step, train_loss, result))
 
 # %% ../../nbs/46_train.trainer.ipynb #cc448fab
-def save(job: Job, step: int) -> Path:
-    "The checkpoint of the weights after `step`: adapters, or all weights."
-    with new_checkpoint(job.folder, step) as place:
+def save(job: Job) -> Path:
+    "The checkpoint of this moment: adapters, or all weights; and the state."
+    with new_checkpoint(job.folder, job.step) as place:
         if job.cfg.lora.enable and job.cfg.save_adapters:
             save_adapter(job.model, place, model_folder(job.cfg), job.cfg.lora)
         else: save_merged(job.model, place, model_folder(job.cfg))
-    keep_newest(job.folder, job.cfg.num_ckpt_keep)
-    return job.folder.checkpoint_dir / f"checkpoint_{step:06d}"
+        save_rest(job, place.parent)
+    path = job.folder.checkpoint_dir / f"checkpoint_{job.step:06d}"
+    if job.mirror: job.mirror.offer(path)
+    keep_newest(job.folder, job.cfg.num_ckpt_keep, spare=job.mirror and job.mirror.busy)
+    return path
 
-def run_job(job: Job, log: Log, stop: Interrupt) -> tuple[str, int]: # state, steps done
+def save_rest(job: Job, checkpoint: Path) -> None:
+    "What it takes to go on from a checkpoint: the state, and by what it is known."
+    numbers = {"step": job.step, "loss": job.loss, "norms": list(job.norms), "meter": job.meter.totals()}
+    save_state(checkpoint / "state", job.model, job.updater, numbers, rank())
+    flush_metrics(job.folder)
+    write_manifest(checkpoint, {
+        "step": job.step, "digest": digest_of_settings(job.cfg), "config": without_secrets(job.cfg).to_dict(),
+        "identity": job.identity, "surroundings": job.surroundings})
+
+def run_job(job: Job, log: Log, stop: Interrupt, ask: SaveSignal) -> str: # finished or interrupted
     "Drive the loop to its end, its interruption or its break; save what there is."
-    cfg, step, saved = job.cfg, 0, 0
+    cfg, saved, clock = job.cfg, job.step, time.monotonic()
     try:
         for step in loop(job, log, stop):
-            if not cfg.no_ckpt and cfg.ckpt_freq and step % cfg.ckpt_freq == 0: save(job, step); saved = step
+            tell_news(job, log)
+            by_clock = cfg.ckpt_seconds is not None and time.monotonic() - clock >= cfg.ckpt_seconds
+            if ask.take(): log.say(f"step {step}: SIGUSR1 asks for a checkpoint: {save(job)}")
+            elif not cfg.no_ckpt and (by_clock or (cfg.ckpt_freq and step % cfg.ckpt_freq == 0)): save(job)
+            else: continue
+            saved, clock = step, time.monotonic()
     except (torch.OutOfMemoryError, MemoryError) as e:
-        raise TrainingError(_out_of_memory(cfg, e) + rescue(job, step, saved)) from e
-    except TrainingError as e: raise TrainingError(f"{e}{rescue(job, step, saved)}") from None
+        raise TrainingError(_out_of_memory(cfg, e) + rescue(job, saved)) from e
+    except TrainingError as e: raise TrainingError(f"{e}{rescue(job, saved)}") from None
     except Exception as e:
-        if note := rescue(job, step, saved): e.add_note(note)
+        if note := rescue(job, saved): e.add_note(note)
         raise
-    if step > saved and not cfg.no_ckpt: save(job, step)
-    return ("finished" if step == cfg.max_steps else "interrupted"), step
+    if job.step > saved and not cfg.no_ckpt: save(job)
+    return "finished" if job.step == cfg.max_steps else "interrupted"
 
-def rescue(job: Job, step: int, saved: int) -> str: # saved: step of the newest checkpoint, 0 for none
+def tell_news(job: Job, log: Log) -> None:
+    "Say what the mirror has to say."
+    news = job.mirror.news() if job.mirror else []
+    for line in news: log.say(line)
+    if news: add_status(job.folder, save_to=mirror_state(job))
+
+def mirror_state(job: Job) -> dict[str, str | None]:
+    "What the status says of the second place."
+    return {"place": str(job.mirror.place), "newest": job.mirror.copied, "failed": job.mirror.failed}
+
+def rescue(job: Job, saved: int) -> str: # saved: step of the newest checkpoint, 0 for none
     "Save the last good weights of a run that broke, if there is no checkpoint yet; says where."
-    if saved or not step or job.cfg.no_ckpt or not job.updater.whole or not _finite(job.updater.params): return ""
-    try: return f"\n  last good weights {save(job, step)}"
+    intact = job.whole and job.updater.whole and _finite(job.updater.params)
+    if saved or not job.step or job.cfg.no_ckpt or not intact: return ""
+    try: return f"\n  last good weights {save(job)}"
     except Exception as e: return f"\n  last good weights could not be saved: {e}"
 
 def _out_of_memory(cfg: TrainConfig, error: BaseException) -> str:
@@ -283,15 +403,34 @@ def opening(job: Job) -> list[str]:
     epochs = ", ".join(f"{n:,.0f}" if n >= 10 else f"{n:.2g}" for n in job.loader.epochs(cfg.max_steps))
     tokens = world_size() * cfg.num_microbatches * cfg.batch_size * cfg.seq_len
     return [f"training {trained:,} of {total:,} weights ({trained / total:.1%}) on {device_name(job.device)} "
-            f"in {str(job.dtype).removeprefix('torch.')}; {use_fast_float32(job.device)}",
-            f"{cfg.max_steps:,} steps of up to {tokens:,} tokens, {epochs} times through the data", *job.notes]
+            f"in {str(job.dtype).removeprefix('torch.')}; {float32_products(job)}",
+            f"{cfg.max_steps:,} steps of up to {tokens:,} tokens, {epochs} times through the data", *job.notes,
+            *start_notes(job)]
 
-def closing(job: Job, state: str, step: int) -> str:
+def float32_products(job: Job) -> str:
+    "Choose how float32 is multiplied: the faster exact way, or the one that the run began with."
+    before = job.start.manifest.get("surroundings", {}).get("float32 products")
+    if before is None or job.device.type != "cpu": return use_fast_float32(job.device)
+    errors = check_float32().errors
+    if before != "highest" and errors[1] > 4 * errors[0]:
+        return f"float32 products: they were {before}, which is not exact on this machine: highest"
+    torch.set_float32_matmul_precision(before)
+    return f"float32 products: {before}, as before"
+
+def start_notes(job: Job) -> list[str]:
+    "Where the run goes on from, and what is not as it was."
+    out, start = [*job.start.warnings, *job.start.notes], job.start
+    if start.checkpoint:
+        out += [f"going on from {start.checkpoint}, after {start.step:,} of {job.cfg.max_steps:,} steps",
+                *moved_notes(start.manifest["surroundings"], job.surroundings)]
+    return out
+
+def closing(job: Job, state: str) -> str:
     "What a run says after its last step."
     last = list_checkpoints(job.folder)[-1:]
     where = f"weights in {last[0] / 'consolidated'}" if last else "no checkpoint was saved"
     skipped = f"; {job.updater.skipped} float16 steps overflowed and were skipped" if job.updater.skipped else ""
-    return f"{state} after {step:,} of {job.cfg.max_steps:,} steps; {where}{skipped}"
+    return f"{state} after {job.step:,} of {job.cfg.max_steps:,} steps; {where}{skipped}"
 
 # %% ../../nbs/46_train.trainer.ipynb #41bc90ec
 def fit(
@@ -300,20 +439,61 @@ def fit(
     stop: threading.Event | None = None, # set it from another thread to end the run as an interrupt does
 ) -> Path: # the run's folder
     "Train as `cfg` says. An interrupt ends the step, saves and returns; a second one aborts. Raises `TrainingError`."
-    device = device or default_device()
+    device, start = device or default_device(), check(cfg)
+    for text in start.warnings: warnings.warn(text, stacklevel=2)
+    if start.finished: return settle(cfg, start)
     with untouched_torch(device), contextlib.ExitStack() as stack:
-        job = prepare(cfg, device)
-        create(job.folder, cfg)
-        log = open_log(job.folder, cfg)
+        ask = stack.enter_context(SaveSignal())
+        job = prepare(cfg, device, start)
+        begin(cfg, start)
+        log = open_log(job.folder, cfg, start.step)
         interrupt = stack.enter_context(Interrupt(stop))
         stack.enter_context(reported(job, log))
-        write_status(job.folder, "running", step=0, max_steps=cfg.max_steps, model=str(model_folder(cfg).absolute()))
+        write_status(job.folder, "running", step=start.step, max_steps=cfg.max_steps,
+                     model=str(model_folder(cfg).absolute()), **resumed(start))
         for line in opening(job): log.say(line)
+        job.mirror = open_mirror(cfg)
         reset_peak(job.device)
-        state, step = run_job(job, log, interrupt)
-        write_status(job.folder, state, step=step)
-        log.say(closing(job, state, step))
+        state = run_job(job, log, interrupt, ask)
+        finish_mirror(job, log, interrupt, state)
+        write_status(job.folder, state, step=job.step)
+        log.say(closing(job, state))
+        if job.mirror: job.mirror.tell_story()
     return job.folder.path
+
+def resumed(start: Start) -> dict[str, Any]:
+    "What the status says of a run that did not begin with its first step."
+    return {"resumed_step": start.step, "resumed_from": start.words} if start.words else {}
+
+def settle(cfg: TrainConfig, start: Start) -> Path:
+    "A run with nothing left to do: clear up behind it if its process was killed at the very end, and say so."
+    folder = RunFolder(cfg.run_dir)
+    if read_status(folder)["state"] != "finished":
+        if start.checkpoint: begin(cfg, start)
+        keep_newest(folder, cfg.num_ckpt_keep)
+        write_status(folder, "finished", step=start.step)
+        JsonLines(folder).say(f"finished after {start.step:,} of {cfg.max_steps:,} steps")
+        if mirror := open_mirror(cfg):
+            for checkpoint in list_checkpoints(folder)[-1:]: mirror.offer(checkpoint)
+            mirror.close()
+            for line in mirror.news(): tell(line)
+    tell(f"{folder.path}: this run is finished, after {start.step:,} of {cfg.max_steps:,} steps; nothing is trained. "
+         "`overwrite: true` trains it again.")
+    return folder.path
+
+def open_mirror(cfg: TrainConfig) -> Mirror | None:
+    "The thread that copies checkpoints to `save_to`."
+    place = open_place(cfg)
+    return Mirror(place) if place else None
+
+def finish_mirror(job: Job, log: Log, stop: Interrupt | None = None, state: str = "failed") -> None:
+    "Wait for the last copy; not for long if the run did not end well, and no longer when one is interrupted."
+    if not job.mirror: return
+    if not job.mirror.idle: log.say(f"waiting for the last checkpoint to be copied to {job.mirror.place}")
+    done = job.mirror.close(*((math.inf, lambda: stop.asked) if state == "finished" else (20,)))
+    tell_news(job, log)
+    if not done: log.say(f"the last checkpoint is not yet in {job.mirror.place}; it is in {job.folder.checkpoint_dir}")
+    keep_newest(job.folder, job.cfg.num_ckpt_keep, spare=job.mirror.busy)
 
 @contextlib.contextmanager
 def untouched_torch(device: torch.device) -> Iterator[None]:
@@ -331,6 +511,7 @@ def reported(job: Job, log: Log) -> Iterator[None]:
         reason = str(e) or type(e).__name__
         write_status(job.folder, "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", reason=reason)
         log.say(f"stopped: {reason}")
+        if job.mirror and not isinstance(e, KeyboardInterrupt): finish_mirror(job, log)
         if isinstance(e, TrainingError): _let_go(e)
         raise
     finally:
