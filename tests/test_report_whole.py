@@ -414,7 +414,8 @@ def test_speed_of_a_run(at):
     run = at.path / "run"
     assert measured_speed(run) is None
     for text, speed in [("", None), ('{"step": 1}\n', None), ('{"avg_wps": 100.5}\n', 100.5), ("{broken", None),
-                        ('{"avg_wps": 1}\n{"avg_wps": 250}\n', 250), ("[]\n", None), ('{"avg_wps": null}\n', None)]:
+                        ('{"avg_wps": 1}\n{"avg_wps": 250}\n', 250), ("[]\n", None), ('{"avg_wps": null}\n', None),
+                        ('{"avg_wps": 7}\n{"avg_w', 7), ('{"avg_wps": NaN}\n', None), ('{"avg_wps": 0}\n', None)]:
         at.file("run/metrics.train.jsonl", text.encode())
         assert measured_speed(run) == speed, text
     at.write(a=[essay(i) for i in range(9)])

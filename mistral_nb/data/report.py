@@ -401,11 +401,14 @@ H100 = {(4096, 32, 1): 5720, (5120, 40, 1): 3337, (4096, 32, 8): 2966, (6144, 56
 
 
 def measured_speed(run_dir: str | Path) -> float | None:
-    "Tokens a second of one rank, as the last line of a run's metrics says."
-    try: last = (Path(run_dir) / "metrics.train.jsonl").read_text(encoding="utf-8").strip().rpartition("\n")[2]
+    "Tokens a second of one rank, as the last whole line of a run's metrics says."
+    try: lines = (Path(run_dir) / "metrics.train.jsonl").read_bytes().splitlines()
     except OSError: return None
-    try: return float(json.loads(last)["avg_wps"])
-    except (ValueError, KeyError, TypeError): return None
+    for line in reversed(lines[-2:]):  # the last may be torn
+        try: speed = float(json.loads(line)["avg_wps"])
+        except (ValueError, KeyError, TypeError): continue
+        if 0 < speed < math.inf: return speed
+    return None
 
 
 def published_speed(model: str | Path) -> float | None:
