@@ -139,7 +139,8 @@ def test_the_memory_of_words_is_bounded(name, tokenizers, monkeypatch):
     for i in range(400):
         text = f"word{i} other{i % 7}\n{i} {'long' * 20}"
         assert np.frombuffer(words.ids(text), np.int32).tolist() == base.encode(text, bos=False, eos=False)
-        assert len(words) <= 50 and all(len(word) <= tokenize.LONGEST_WORD for word in words)
+        assert max(len(words), len(words.older)) <= 50
+        assert all(len(word) <= tokenize.LONGEST_WORD for word in words | words.older)
 
 
 def test_a_tekken_with_another_pattern_is_not_cut_at_spaces(tmp_path):
@@ -209,6 +210,13 @@ def test_plain_chats_take_the_short_way_and_give_the_same(name, tokenizers):
         assert all(took) == any(took) == (name == "v7" or name.startswith("small"))  # a system prompt is a block there
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_that_nobody_reads_do_not_matter(name, tokenizers):
+    row = chat("uaua", ["a question", "an answer"])
+    for more in ({"id": 7}, {"weight": 0}, {"text": "a"}, {"conversations": [], "source": {"a": [None]}}, {"": 1}):
+        assert check_ways({**more, **row}, tokenizers[name]) and check_ways({**row, **more}, tokenizers[name])
+
+
 def outside() -> Iterator[dict]:
     """Rows that are just not plain, good and bad."""
     row = chat("uaua", ["a question", "an answer"])
@@ -221,7 +229,7 @@ def outside() -> Iterator[dict]:
             yield {"messages": [{**m, "content": text} if k == i else m for k, m in enumerate(row["messages"])]}
     for more in ({"weight": 0}, {"weight": 1}, {"name": "x"}, {"tool_calls": []}, {"tool_calls": None}, {"text": "b"}):
         for i in range(4): yield {"messages": [{**m, **more} if k == i else m for k, m in enumerate(row["messages"])]}
-    for more in ({"tools": []}, {"tools": None}, {"only_last": True}, {"only_last": False}, {"id": 7}, {"weight": 0},
+    for more in ({"tools": []}, {"tools": None}, {"only_last": True}, {"only_last": False},
                  {"system_prompt": "Be brief."}, {"system_prompt": ""}, {"interactions": row["messages"]}):
         yield {**row, **more}
     for role in ("User", "human", None, 1, [], "tool", "system"):

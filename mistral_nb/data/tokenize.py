@@ -53,16 +53,16 @@ from .sample import review
 
 # %% auto #0
 __all__ = ['PACKAGE', 'BY_VOCABULARY', 'NAMED', 'PIECE', 'WORD', 'MOST_WORDS', 'LONGEST_WORD', 'CUT', 'BLANKS', 'PROBES',
-           'NO_IDS', 'ENDS_EVERY', 'PLAIN_PROBES', 'MOST_MESSAGES', 'CONTROL', 'TokenizerError', 'tokenizer_file',
-           'packaged_file', 'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of', 'vocab_size', 'end_id',
-           'normalizer_of', 'normalized', 'by_words', 'Words', 'plain_ids', 'has_arrays', 'array_ids', 'cuts_at_spaces',
-           'Uncut', 'TekkenWords', 'ways', 'Remembering', 'remembering', 'Writer', 'without_ids', 'common',
-           'difference', 'answer', 'TokenSample', 'sample', 'check_results', 'turns', 'stays', 'exact_plan',
-           'chunked_samples', 'hides_end', 'chosen', 'with_call_end', 'exact_samples', 'as_row_error', 'text_sample',
-           'opened', 'encode', 'EncodedRow', 'chat_samples', 'written_chat', 'written_text', 'Shape', 'position', 'cut',
-           'one_sample', 'shape_of', 'same_sample', 'plain_messages', 'plain_texts', 'is_plain', 'plain_warnings',
-           'plain_chat', 'encode_row', 'encode_all', 'prompt_messages', 'encode_prompt', 'decode', 'segments',
-           'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
+           'NO_IDS', 'ENDS_EVERY', 'PLAIN_PROBES', 'MOST_MESSAGES', 'READ', 'CONTROL', 'TokenizerError',
+           'tokenizer_file', 'packaged_file', 'rightly_named', 'read_tokenizer', 'load_tokenizer', 'version_of',
+           'vocab_size', 'end_id', 'normalizer_of', 'normalized', 'by_words', 'Words', 'plain_ids', 'has_arrays',
+           'array_ids', 'cuts_at_spaces', 'Uncut', 'TekkenWords', 'ways', 'Remembering', 'remembering', 'Writer',
+           'without_ids', 'common', 'difference', 'answer', 'TokenSample', 'sample', 'check_results', 'turns', 'stays',
+           'exact_plan', 'chunked_samples', 'hides_end', 'chosen', 'with_call_end', 'exact_samples', 'as_row_error',
+           'text_sample', 'opened', 'encode', 'EncodedRow', 'chat_samples', 'written_chat', 'written_text', 'Shape',
+           'position', 'cut', 'one_sample', 'shape_of', 'same_sample', 'plain_messages', 'plain_texts', 'is_plain',
+           'plain_warnings', 'plain_chat', 'encode_row', 'encode_all', 'prompt_messages', 'encode_prompt', 'decode',
+           'segments', 'text_segments', 'parse_tool_calls', 'read_call', 'first_json']
 
 # %% ../../nbs/11_data.tokenize.ipynb #22e369ce
 class TokenizerError(ValueError):
@@ -162,17 +162,20 @@ def by_words(base: Any) -> bool:
     return all(PIECE.fullmatch(piece) for piece in base.vocab() if piece)
 
 # %% ../../nbs/11_data.tokenize.ipynb #41394a11
-MOST_WORDS, LONGEST_WORD = 200_000, 32
+MOST_WORDS, LONGEST_WORD = 100_000, 32
 
 
 class Words(dict):
     """The ids of words, as the bytes of int32; a missing word is learned by `encode`."""
 
-    def __init__(self, encode: Callable[..., list[int]]): self.encode = encode
+    def __init__(self, encode: Callable[..., list[int]]):
+        self.encode, self.older = encode, {}
 
     def __missing__(self, word: str) -> bytes:
-        found = self.learn(word)
-        if len(self) >= MOST_WORDS: self.clear()
+        found = self.older.get(word) or self.learn(word)
+        if len(self) >= MOST_WORDS:
+            self.older = dict(self)
+            self.clear()
         if len(word) <= LONGEST_WORD: self[word] = found
         return found
 
@@ -587,12 +590,14 @@ def same_sample(a: TokenSample, b: TokenSample) -> bool:
     return np.array_equal(a.ids, b.ids) and np.array_equal(a.mask, b.mask)
 
 # %% ../../nbs/11_data.tokenize.ipynb #95c15e83
-def plain_messages(row: Any) -> list:
-    """The messages of a row that holds nothing else, or none."""
-    if type(row) is not dict or len(row) != 1: return []
-    [(name, messages)] = row.items()
-    if name not in ("messages", "interactions") or type(messages) is not list: return []
-    return messages if len(messages) <= MOST_MESSAGES else []
+READ = frozenset(("messages", "interactions", "tools", "available_tools", "system_prompt", "only_last"))
+
+
+def plain_messages(row: Any) -> tuple[str, list]:
+    """The name and value of the messages of a row in which nothing else is read; empty if there are none."""
+    name, *more = (READ.intersection(row) if type(row) is dict else ()) or ("",)
+    if more or name not in ("messages", "interactions") or type(row[name]) is not list: return "", []
+    return name, row[name] if len(row[name]) <= MOST_MESSAGES else []
 
 
 def plain_texts(messages: list, roles: tuple[str, ...]) -> list[str]:
@@ -619,11 +624,11 @@ def plain_warnings(texts: list[str], name: str) -> tuple[RowWarning, ...]:
 
 def plain_chat(row: Any, tokenizer: MistralTokenizer) -> EncodedRow | None:
     """A plain chat as `written_chat` would write it; None when it is not plain."""
-    messages = plain_messages(row)
+    name, messages = plain_messages(row)
     shape = shape_of(len(messages), tokenizer) if len(messages) > 1 else None
     texts = plain_texts(messages, shape.roles) if shape else []
     if not texts or not is_plain(whole := "\n".join(texts)): return None
-    found = plain_warnings(texts, next(iter(row))) if control_text(whole, "") else ()
+    found = plain_warnings(texts, name) if control_text(whole, "") else ()
     made = shape.fill([*map(remembering(tokenizer).tokenizer.raw, texts)])
     return EncodedRow([made], found, shape.roles.count("user"), ())
 
