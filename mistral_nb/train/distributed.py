@@ -66,9 +66,10 @@ class Pulse:
         except OSError: self.well = False
 
 def line_of(thread: threading.Thread) -> str:
-    "Where a thread is: the innermost line of this package, or of whatever it runs."
+    "Where a thread is: the innermost line that is not of torch or of Python's library."
     frames = traceback.extract_stack(sys._current_frames().get(thread.ident)) if thread.is_alive() else []
-    ours   = [f for f in frames if "mistral_nb" in f.filename and f.name != "waiting"] or frames
+    others = tuple(os.path.dirname(module.__file__) for module in (os, torch)) # Python's own, and torch's
+    ours   = [f for f in frames if "mistral_nb" in f.filename or not f.filename.startswith(others)]
     if not ours: return "no line"
     file, number, name, _ = ours[-1]
     return f"{Path(file).name}, line {number}, in {name}: {linecache.getline(file, number).strip()}"
@@ -133,7 +134,8 @@ class Ranks:
         before = (self.pulse.doing, self.pulse.strict) if self.pulse else ("", False)
         if self.pulse: self.pulse.now(f"{before[0]}, waiting for the others ({what})", waiting=True, strict=True)
         try: yield; _settle(self.device)
-        except RuntimeError as e: raise RankLost(f"rank {self.number}: {self.who_is_gone()} ({what})") from e
+        except RuntimeError as e:
+            raise RankLost(f"{self.who_is_gone()} while rank {self.number} waited for it ({what})") from e
         self.now(*before)
 
     def who_is_gone(self, seconds: float = 3.0) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import logging
 import os
 import re
 import shutil
@@ -64,7 +65,8 @@ def told(work: Any) -> int: # the exit code
 def as_told(error: Exception) -> str:
     "An error as the output shows it."
     who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    if isinstance(error, ValueError) or type(error).__name__ == "RankLost": return f"{who}{error}"
+    if type(error).__name__ == "RankLost": return str(error) # its own words say who waited for whom
+    if isinstance(error, ValueError): return f"{who}{error}"
     return f"{who}{''.join(traceback.format_exception(error))}"
 
 # %% ../../nbs/47_train.launch.ipynb #969fa2b0
@@ -97,6 +99,7 @@ def torchrun() -> None: # argv: a folder for errors, then torchrun's words
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     place, *words = sys.argv[1:]
     try: run([f"--log-dir={place}", *words])
     except SignalException as e: sys.exit(128 + e.sigval)
@@ -190,7 +193,7 @@ class Launched:
     @property
     def failure(self) -> Failure | None:
         "The rank that failed, as soon as it is known."
-        return find_failure(self.place) if not self.asked or self.returncode else None
+        return find_failure(self.place / "errors") if not self.asked or self.returncode else None
 
     def stop(self, timeout: float | None = None) -> Launched: # timeout: None waits as long as it takes
         "Have all ranks save and stop after this step, and wait for it."
