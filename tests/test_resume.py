@@ -25,6 +25,7 @@ from mistral_nb.train.folder import RunFolderError
 from mistral_nb.train.folder import list_checkpoints
 from mistral_nb.train.folder import read_jsonl
 from mistral_nb.train.folder import read_status
+from mistral_nb.train.folder import write_status
 from mistral_nb.train.resume import check_files
 from mistral_nb.train.resume import read_manifest
 from mistral_nb.train.trainer import fit
@@ -518,17 +519,65 @@ def test_a_second_place_that_fails_ends_nothing(model_dir, whole, tmp_path, monk
     assert "could not copy to" in folder.log.read_text() and "No space left" in read_status(folder)["save_to"]["failed"]
 
 
-def test_the_hub_is_an_extra(model_dir, tmp_path, monkeypatch):
+class FakeHub:
+    """One repository, in a folder, with the calls of `HfApi` that are used."""
+    def __init__(self, path: Path): self.path, self.made = path, None
+    def repo_exists(self, repo: str) -> bool: return self.path.exists()
+    def list_repo_files(self, repo: str) -> list[str]:
+        return [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+    def create_repo(self, repo: str, **options) -> None:
+        self.made = options
+        self.path.mkdir(exist_ok=True)
+    def upload_folder(self, repo_id, folder_path, path_in_repo=".", allow_patterns=None, commit_message="") -> None:
+        ignore = shutil.ignore_patterns("checkpoints", "tb") if allow_patterns else None
+        shutil.copytree(folder_path, self.path / path_in_repo, dirs_exist_ok=True, ignore=ignore)
+    def snapshot_download(self, repo_id, local_dir, allow_patterns) -> None:
+        shutil.copytree(self.path, local_dir, dirs_exist_ok=True)
+
+
+def test_the_hub_is_an_extra(model_dir, whole, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     cfg = settings(model_dir, tmp_path, save_to="hf://me/tuned")
     with pytest.raises(RunFolderError, match="pip install huggingface_hub"): fit(cfg, device=CPU)
-    sent = []
-    api = types.SimpleNamespace(create_repo=lambda *a, **k: sent.append(("create", k)),
-                                upload_folder=lambda **k: sent.append((k.get("path_in_repo"), k)))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=lambda: api))
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=lambda: hub))
+    with monkeypatch.context() as patch:
+        killed = stop_at(patch, 7)
+        patch.setattr(trainer.Mirror, "offer", lambda self, path: self.place.put(path))
+        with pytest.raises(killed): fit(cfg, device=CPU)
+    assert hub.made == {"private": True, "exist_ok": True} and (hub.path / "checkpoints/checkpoint_000006").is_dir()
+    shutil.rmtree(cfg.run_dir)
     fit(cfg, device=CPU)
-    assert sent[0] == ("create", {"private": True, "exist_ok": True})
-    assert "checkpoints/checkpoint_000012" in [name for name, _ in sent]
+    assert_same(RunFolder(cfg.run_dir), whole)
+    assert read_status(RunFolder(cfg.run_dir))["resumed_step"] == 6
+    assert "checkpoint_000012" in os.listdir(hub.path / "checkpoints")
+    monkeypatch.setattr(hub, "repo_exists", lambda repo: 1 / 0)
+    with pytest.raises(RunFolderError, match="hf://me/tuned cannot be asked"):
+        fit(settings(model_dir, tmp_path, "new", save_to=cfg.save_to), device=CPU)
+
+
+# The disk
+
+
+def test_the_folder_is_deleted_while_it_trains(model_dir, tmp_path, monkeypatch):
+    cfg, tick = settings(model_dir, tmp_path, ckpt_freq=0, no_eval=True), trainer.Log.tick
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Log, "tick", lambda log, n: (tick(log, n), n == 4 and shutil.rmtree(cfg.run_dir)))
+        with pytest.raises(FileNotFoundError, match="metrics.train.jsonl") as error: fit(cfg, device=CPU)
+    assert "deleted while the run went on" in error.value.__notes__[0]
+    assert read_status(RunFolder(fit(cfg, device=CPU)))["state"] == "finished"
+
+
+def test_a_full_disk_leaves_the_checkpoints_there_are(model_dir, whole, tmp_path, monkeypatch):
+    folder, cfg = copy_of(whole, tmp_path, drop_after=6), settings(model_dir, tmp_path)
+    def full(*args, **options): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_state", full)
+        patch.setattr(trainer, "write_status", lambda *a, **k: full() if a[1] == "failed" else write_status(*a, **k))
+        with pytest.raises(OSError, match="No space left"): fit(cfg, device=CPU)
+    assert names(folder)[-1] == "checkpoint_000006" and json.loads(folder.status_file.read_text())["state"] == "running"
+    fit(cfg, device=CPU)  # room was made: the same kernel tries again
+    assert_same(folder, whole)
 
 
 @pytest.mark.parametrize("key, value", [("ckpt_seconds", 0), ("ckpt_seconds", -1.0), ("resume", "")])

@@ -20,8 +20,8 @@ from typing import Any
 from ..config import TrainConfig
 
 # %% auto #0
-__all__ = ['NAMES', 'flush', 'write_whole', 'read_jsonl', 'RunFolderError', 'RunFolder', 'check_place', 'check_free', 'create',
-           'clear', 'without_secrets', 'write_status', 'add_status', 'read_status', 'now', 'new_checkpoint',
+__all__ = ['NAMES', 'flush', 'write_whole', 'read_jsonl', 'RunFolderError', 'RunFolder', 'check_place', 'in_use', 'check_free',
+           'create', 'clear', 'without_secrets', 'write_status', 'add_status', 'read_status', 'now', 'new_checkpoint',
            'list_checkpoints', 'step_of', 'keep_newest', 'cut_metrics', 'sweep', 'set_aside']
 
 # %% ../../nbs/38_train.folder.ipynb #a27d166a
@@ -83,9 +83,19 @@ def check_place(folder: RunFolder) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise RunFolderError(f"run_dir {folder.path}: no permission to write in {parent}; choose another folder")
     status = read_status(folder)
-    if status["state"] == "running" and status["host"] == socket.gethostname():
+    ours   = status["pid"] == os.getpid() and folder.path.absolute() not in _HERE
+    if status["state"] == "running" and status["host"] == socket.gethostname() and not ours:
         raise RunFolderError(f"run_dir {folder.path}: process {status['pid']} is training in it now; "
                              "choose another folder, or stop that run first")
+
+_HERE: set[Path] = set() # folders that this process trains in now
+
+@contextlib.contextmanager
+def in_use(folder: RunFolder) -> Iterator[None]:
+    "While open, this process trains in `folder`."
+    _HERE.add(folder.path.absolute())
+    try: yield
+    finally: _HERE.discard(folder.path.absolute())
 
 def check_free(folder: RunFolder, overwrite: bool = False) -> None:
     "Raise `RunFolderError` if a new run cannot be put into `folder`; touches nothing."

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import shutil
 import threading
 import time
@@ -75,6 +77,23 @@ class HubPlace:
     def put_story(self) -> None:
         if self.made: self.api.upload_folder(repo_id=self.repo, folder_path=str(self.run.path),
                                              allow_patterns=list(STORY), commit_message="settings, metrics, log")
+
+    def fetch(self) -> None:
+        "Bring the newest checkpoint that is there into the run's folder, if that is not in use yet."
+        if self.run.used(): return
+        try: files = self.api.list_repo_files(self.repo) if self.api.repo_exists(self.repo) else []
+        except Exception as e:
+            raise RunFolderError(f"save_to {self} cannot be asked for checkpoints ({e}); is the token set "
+                                 "(`HF_TOKEN`), and the network there?") from e
+        steps = [int(m[1]) for m in (re.match(r"checkpoints/checkpoint_(\d+)/", f) for f in files) if m]
+        if not steps: return
+        part = self.run.path.with_name(f".{self.run.path.name}.part")
+        self.api.snapshot_download(self.repo, local_dir=str(part),
+                                   allow_patterns=[*STORY, f"checkpoints/checkpoint_{max(steps):06d}/*"])
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", *STORY):
+            if (part / name).exists(): os.replace(part / name, self.run.path / name)
+        shutil.rmtree(part)
 
     def __str__(self) -> str: return f"hf://{self.repo}"
 

@@ -49,6 +49,7 @@ from ..model.transformer import checkpoint_blocks
 from .evaluate import evaluate
 from .folder import RunFolder
 from .folder import add_status
+from .folder import in_use
 from .folder import keep_newest
 from .folder import list_checkpoints
 from .folder import new_checkpoint
@@ -63,6 +64,7 @@ from .log import eval_record
 from .log import open_log
 from .log import tell
 from .log import train_record
+from .mirror import HubPlace
 from .mirror import Mirror
 from .mirror import open_place
 from .optim import Updater
@@ -94,7 +96,7 @@ from ..weights.checkpoint import save_merged
 __all__ = ['MOST_SKIPPED', 'train_step', 'seed_step', 'Interrupt', 'SaveSignal', 'TrainingError', 'check_step', 'Job', 'check',
            'prepare', 'restore', 'model_folder', 'due', 'loop', 'owed', 'held_out_loss', 'save', 'save_rest', 'run_job',
            'tell_news', 'mirror_state', 'rescue', 'opening', 'float32_products', 'start_notes', 'closing', 'fit',
-           'resumed', 'settle', 'open_mirror', 'finish_mirror', 'untouched_torch', 'reported']
+           'resumed', 'settle', 'open_mirror', 'finish_mirror', 'untouched_torch', 'reported', 'write_end']
 
 # %% ../../nbs/46_train.trainer.ipynb #fbd27bee
 def train_step(
@@ -246,7 +248,8 @@ def check(cfg: TrainConfig) -> Start:
     if world_size() > 1:
         raise TrainingError(f"WORLD_SIZE is {world_size()}: this version trains in one process; "
                             "start it without torchrun")
-    open_place(cfg)
+    place = open_place(cfg)
+    if isinstance(place, HubPlace) and cfg.resume == "auto" and not cfg.overwrite: place.fetch()
     return where_to_start(cfg)
 
 def prepare(cfg: TrainConfig, device: torch.device, start: Start) -> Job:
@@ -506,17 +509,26 @@ def untouched_torch(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def reported(job: Job, log: Log) -> Iterator[None]:
     "Close the log whatever happens; write an error down before it goes on its way."
-    try: yield
+    try:
+        with in_use(job.folder): yield
     except BaseException as e:
-        reason = str(e) or type(e).__name__
-        write_status(job.folder, "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", reason=reason)
-        log.say(f"stopped: {reason}")
+        write_end(job, log, e)
         if job.mirror and not isinstance(e, KeyboardInterrupt): finish_mirror(job, log)
         if isinstance(e, TrainingError): _let_go(e)
         raise
     finally:
         log.close()
         job.release()
+
+def write_end(job: Job, log: Log, error: BaseException) -> None:
+    "Write down why a run ended; where even that fails, the error itself says so."
+    reason = str(error) or type(error).__name__
+    try:
+        write_status(job.folder, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=reason)
+        log.say(f"stopped: {reason}")
+    except OSError as e:
+        gone = "; was the folder deleted while the run went on?" if not job.folder.path.exists() else ""
+        error.add_note(f"This could not be written into {job.folder.path} ({e}){gone}")
 
 def _let_go(error: BaseException | None) -> None:
     "Forget the variables in the traceback of an error and of its causes."
