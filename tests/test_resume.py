@@ -244,6 +244,21 @@ def test_with_other_settings_that_do_not_count(model_dir, whole, tmp_path):
     assert TrainConfig.load(folder.args) == cfg
 
 
+def test_with_less_memory(model_dir, tmp_path, monkeypatch):
+    once = RunFolder(fit(settings(model_dir, tmp_path, "once", batch_size=4, lora__dropout=0.0), device=CPU))
+    cfg  = settings(model_dir, tmp_path, "twice", batch_size=4, lora__dropout=0.0)
+    def full(): raise torch.OutOfMemoryError("CUDA out of memory")
+    batch = trainer.TrainLoader.batch
+    with monkeypatch.context() as patch, pytest.raises(trainer.TrainingError, match="out of memory"):
+        patch.setattr(trainer.TrainLoader, "batch", lambda self, n, *a: full() if n == 7 else batch(self, n, *a))
+        fit(cfg, device=CPU)
+    with pytest.raises(RunFolderError, match="batch_size × num_microbatches: was 4, now 2"):
+        fit(cfg.model_copy(update={"batch_size": 2}), device=CPU)
+    folder = RunFolder(fit(cfg.model_copy(update={"batch_size": 1, "num_microbatches": 4, "checkpoint": True}), CPU))
+    assert "batch_size was 4, now 1" in folder.log.read_text() and read_status(folder)["resumed_step"] == 6
+    assert [r["loss"] for r in numbers(folder)] == pytest.approx([r["loss"] for r in numbers(once)], rel=1e-5)
+
+
 # Lines of metrics
 
 

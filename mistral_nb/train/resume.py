@@ -50,12 +50,12 @@ from ..weights.tensors import layout_of
 from ..weights.tensors import write_tensors
 
 # %% auto #0
-__all__ = ['MOMENTS', 'MAY_CHANGE', 'BY_CONTENT', 'FORMAT', 'trained', 'tensors_of', 'numbers_of', 'save_state', 'load_state',
-           'read_numbers', 'wind', 'settings_that_count', 'differences', 'digest_of_settings', 'data_identity',
-           'model_identity', 'check_identity', 'DamagedCheckpoint', 'sum_of', 'write_manifest', 'read_manifest',
-           'check_files', 'Start', 'where_to_start', 'second_folder', 'settings_of', 'go_on_in', 'exact_start',
-           'without_state', 'adapter_start', 'start_from', 'begin', 'bring', 'flush_metrics', 'surroundings',
-           'moved_notes']
+__all__ = ['MOMENTS', 'MAY_CHANGE', 'BY_CONTENT', 'MEMORY', 'FORMAT', 'trained', 'tensors_of', 'numbers_of', 'save_state',
+           'load_state', 'read_numbers', 'wind', 'settings_that_count', 'differences', 'digest_of_settings',
+           'data_identity', 'model_identity', 'check_identity', 'DamagedCheckpoint', 'sum_of', 'write_manifest',
+           'read_manifest', 'check_files', 'Start', 'where_to_start', 'second_folder', 'settings_of', 'go_on_in',
+           'exact_start', 'without_state', 'adapter_start', 'start_from', 'begin', 'bring', 'flush_metrics',
+           'surroundings', 'moved_notes']
 
 # %% ../../nbs/44_train.resume.ipynb #85451877
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -124,16 +124,18 @@ def wind(schedule: OneCycleLR, step: int) -> None:
 MAY_CHANGE = {"run_dir", "resume", "overwrite", "num_ckpt_keep", "log_freq", "ckpt_freq", "ckpt_seconds", "save_to",
               "no_ckpt", "save_adapters", "eval_freq", "no_eval", "data.eval_instruct_data"}
 BY_CONTENT = {"model_id_or_path", "data.instruct_data", "data.data"} # a path may change when what is there does not
+MEMORY = ("checkpoint", "batch_size", "num_microbatches") # may change as long as a step has the same rows
 
 def settings_that_count(cfg: TrainConfig, paths: bool) -> dict[str, Any]: # paths: also those of model and data
     "The settings on which the numbers of a run depend, by dotted path."
     out = {}
     for path in field_paths():
-        if path in MAY_CHANGE or path.startswith(("wandb.", "mlflow.")) or (path in BY_CONTENT and not paths): continue
+        if path.startswith(("wandb.", "mlflow.")) or path in MAY_CHANGE or path in MEMORY: continue
+        if path in BY_CONTENT and not paths: continue
         value = cfg
         for name in path.split("."): value = getattr(value, name)
         out[path] = value
-    return out
+    return out | {"batch_size × num_microbatches": cfg.batch_size * cfg.num_microbatches}
 
 def differences(was: TrainConfig, now: TrainConfig, paths: bool = False) -> list[str]:
     "What keeps `now` from going on with a run of `was`, a line for each setting."
@@ -392,12 +394,13 @@ def flush_metrics(folder: RunFolder) -> None:
         if folder.metrics(tag).exists(): flush(folder.metrics(tag))
 
 # %% ../../nbs/44_train.resume.ipynb #59ab6387
-def surroundings(device: str, dtype: torch.dtype) -> dict[str, str]: # the device in words
-    "What the last bits of a run depend on, beside its settings."
-    return {"device": device, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+def surroundings(cfg: TrainConfig, device: str, dtype: torch.dtype) -> dict[str, Any]: # device: in words
+    "What the last bits of a run depend on, beside the settings that count."
+    return {**{name: getattr(cfg, name) for name in MEMORY},
+            "device": device, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
             "mistral_nb": version("mistral_nb"), "float32 products": torch.get_float32_matmul_precision()}
 
-def moved_notes(was: dict[str, str], now: dict[str, str]) -> Iterable[str]:
+def moved_notes(was: dict[str, Any], now: dict[str, Any]) -> Iterable[str]:
     "In words: what is not as it was."
     changed = [f"{key} was {was[key]}, now {now[key]}" for key in was if now.get(key, was[key]) != was[key]]
     if changed: yield f"{'; '.join(changed)}: the numbers may differ in their last digits from here on"

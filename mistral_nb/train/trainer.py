@@ -234,9 +234,9 @@ class Job:
                 "world": world_size()}
 
     @property
-    def surroundings(self) -> dict[str, str]:
+    def surroundings(self) -> dict[str, Any]:
         "What their last bits come from."
-        return surroundings(device_name(self.device), self.dtype)
+        return surroundings(self.cfg, device_name(self.device), self.dtype)
 
     def release(self) -> None:
         "Let go of the model, for those who hold on to an error and with it to this job."
