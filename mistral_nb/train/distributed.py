@@ -9,6 +9,7 @@ import contextlib
 import json
 import linecache
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -34,7 +35,7 @@ from ..device import world_size
 # %% auto #0
 __all__ = ['ALONE', 'PATIENCE', 'Pulse', 'line_of', 'Watch', 'RankLost', 'Ranks', 'sum_over_ranks', 'any_rank', 'flat_gradients',
            'unflatten', 'sum_gradients', 'from_first', 'first_alone', 'share_params', 'check_same', 'joined',
-           'start_pulse', 'give_up']
+           'start_pulse', 'end_pulse', 'give_up']
 
 # %% ../../nbs/41_train.distributed.ipynb #aaa75969
 class Pulse:
@@ -78,7 +79,8 @@ def line_of(thread: threading.Thread) -> str:
 class Watch:
     "Looks at the beats of other ranks."
     def __init__(self, folder: Path, others: Sequence[int], patience: float): # patience: seconds
-        self.paths, self.patience = {r: folder / f"rank{r}.json" for r in others}, patience
+        self.folder, self.patience = folder, patience
+        self.paths = {r: folder / f"rank{r}.json" for r in others}
         self.seen: dict[int, tuple[int, float]] = {} # rank: its last beat, and when it was new
 
     def look(self) -> dict[int, dict[str, Any]]: # the last record of each that was ever seen
@@ -116,7 +118,6 @@ class Ranks:
         self.number, self.world, self.device = number, world, torch.device(device)
         self.pulse: Pulse | None = None
         self.watch: Watch | None = None
-        self.on_lost: Callable[[str], None] = lambda reason: None # what to do before a hung run is ended
 
     @property
     def first(self) -> bool:
@@ -126,6 +127,10 @@ class Ranks:
     def now(self, doing: str, strict: bool = False) -> None:
         "Tell the pulse."
         if self.pulse: self.pulse.now(doing, strict=strict)
+
+    def going_on(self) -> None:
+        "Tell the pulse that a long piece of work advances."
+        if self.pulse: self.pulse.since = time.monotonic()
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -241,7 +246,7 @@ PATIENCE = 600.0 # seconds; the environment's MISTRAL_NB_PATIENCE replaces it
 @contextlib.contextmanager
 def joined(
     device: torch.device, # this rank's own
-    pulses: Path | None = None, # folder for the pulses, the same for all ranks
+    pulses: Path | None = None, # folder for the pulses, the same for all ranks; None: no pulse yet
 ) -> Iterator[Ranks]:
     "The ranks of the run that `torchrun` started; alone without it."
     if world_size() == 1:
@@ -249,10 +254,11 @@ def joined(
         return
     ranks = Ranks(rank(), world_size(), device)
     _connect(device)
-    if pulses: start_pulse(ranks, pulses, float(os.environ.get("MISTRAL_NB_PATIENCE", PATIENCE)))
+    if pulses: ranks.start_pulse(pulses)
     yield ranks
+    ranks.end_pulse()
     with ranks.waiting("the end"): dist.barrier()
-    if ranks.pulse: ranks.pulse.ended.set()
+    if ranks.first and ranks.watch: shutil.rmtree(ranks.watch.folder, ignore_errors=True)
     dist.destroy_process_group()
 
 def _connect(device: torch.device) -> None:
@@ -263,12 +269,31 @@ def _connect(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1), device_id=device if backend == "nccl" else None)
 
-def start_pulse(ranks: Ranks, folder: Path, patience: float) -> None:
+def start_pulse(
+    ranks: Ranks,
+    folder: Path, # the same for all ranks
+    on_lost: Callable[[str], None] = lambda reason: None, # what to do before a hung run is ended
+    patience: float | None = None, # seconds; None: the environment's, or `PATIENCE`
+) -> None:
     "Beat each second, and look at the others when they are waited for too long."
+    if ranks.world == 1: return
+    ranks.end_pulse()
+    ranks.on_lost = on_lost
+    patience = patience or float(os.environ.get("MISTRAL_NB_PATIENCE", PATIENCE))
     ranks.pulse = Pulse(folder, ranks.number, min(1.0, patience / 4))
     ranks.watch = Watch(folder, [r for r in range(ranks.world) if r != ranks.number], patience)
     ranks.pulse.beat()
-    threading.Thread(target=_beat_on, args=(ranks,), daemon=True).start()
+    ranks.thread = threading.Thread(target=_beat_on, args=(ranks,), daemon=True)
+    ranks.thread.start()
+
+def end_pulse(ranks: Ranks) -> None:
+    "Beat no more."
+    if not ranks.pulse: return
+    ranks.pulse.ended.set()
+    ranks.thread.join()
+    ranks.pulse = None
+
+Ranks.start_pulse, Ranks.end_pulse = start_pulse, end_pulse
 
 def _beat_on(ranks: Ranks) -> None:
     "The thread of the pulse."
