@@ -454,6 +454,12 @@ def test_never_and_an_explicit_checkpoint(model_dir, whole, tmp_path):
     second = RunFolder(tmp_path / "second")
     assert_same(second, whole)
     assert read_status(second)["resumed_step"] == 6
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        fit(settings(model_dir, tmp_path, "second", resume=str(tmp_path / "first")), device=CPU)
+    earlier = str(folder.checkpoint_dir / "checkpoint_000004")
+    fit(settings(model_dir, tmp_path, "second", resume=earlier, overwrite=True), device=CPU)
+    assert_same(second, whole)
+    assert read_status(second)["resumed_step"] == 4
     with pytest.raises(RunFolderError, match="there is no .*nowhere"):
         fit(settings(model_dir, tmp_path, "third", resume=str(tmp_path / "nowhere")), device=CPU)
     damage(Path(middle) / "state" / "rank0.safetensors", "flip")

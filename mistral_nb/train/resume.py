@@ -260,7 +260,7 @@ def where_to_start(cfg: TrainConfig) -> Start:
     folder, second = RunFolder(cfg.run_dir), second_folder(cfg)
     if cfg.overwrite or cfg.resume == "never":
         for run in [folder, *second]: check_free(run, cfg.overwrite)
-        return Start()
+        return Start() if cfg.resume in ("auto", "never") else start_from(Path(cfg.resume).expanduser(), cfg, folder)
     check_place(folder)
     runs = [run for run in [folder, *second] if run.used()]
     begun = bool(runs) and _resume_of(runs[0]) == cfg.resume
@@ -353,7 +353,7 @@ def start_from(path: Path, cfg: TrainConfig, folder: RunFolder) -> Start:
     runs = [folder, *second_folder(cfg)]
     own  = any(run.path.absolute() in path.absolute().parents for run in runs)
     for run in runs:
-        if not own and list_checkpoints(run): check_free(run)
+        if not own and list_checkpoints(run): check_free(run, cfg.overwrite)
     found = list_checkpoints(RunFolder(path))
     if found: path = found[-1]
     if not (path / "state").is_dir():
@@ -373,11 +373,13 @@ def begin(cfg: TrainConfig, start: Start) -> None:
     if not start.step:
         for run in second_folder(cfg): clear(run)
         return create(folder, cfg)
+    source  = RunFolder(start.checkpoint.parent.parent) if start.checkpoint else folder
+    foreign = source.path.absolute() != folder.path.absolute()
+    if foreign and cfg.overwrite: clear(folder)
     folder.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     for checkpoint in start.unused: set_aside(checkpoint)
-    source = start.checkpoint and RunFolder(start.checkpoint.parent.parent)
-    if source and source.path.absolute() != folder.path.absolute(): bring(start.checkpoint, source, folder)
+    if foreign: bring(start.checkpoint, source, folder)
     cut_metrics(folder, start.step)
     without_secrets(cfg).save(folder.args)
 
