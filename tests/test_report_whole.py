@@ -169,9 +169,9 @@ def test_bad_rows_have_no_twins(at):
 # Ends that are lost
 
 def lost_tokens(row, seq_len):
-    """What the cut takes of the samples of a row, counted one by one."""
-    samples = [s for s in encode_all(row, v3) if s.mask[1:].any()]
-    return [(len(s.ids) - 1, len(s.ids) - 1 - seq_len) for s in samples if len(s.ids) - 1 > seq_len]
+    """Length and loss of the samples of a row that are cut, or left out since nothing trained is before the cut."""
+    samples = [(len(s.ids) - 1, s.mask[1:]) for s in encode_all(row, v3) if s.mask[1:].any()]
+    return [(n, n - seq_len if mask[:seq_len].any() else n) for n, mask in samples if n > seq_len]
 
 
 @pytest.mark.parametrize("seq_len", [64, 150, 300])
@@ -181,7 +181,10 @@ def test_one_warning_for_each_long_row(at, seq_len):
     at.write(a=rows)
     want = {i: lost_tokens(row, seq_len) for i, row in enumerate(rows, 1)}
     assert any(len(lost) > 2 for lost in want.values()) or seq_len == 300
-    said = {line: message for _, line, _, message in found(at.report(seq_len=seq_len), "too_long")}
+    report = at.report(seq_len=seq_len)
+    [figures] = report.stats["datasets"].values()
+    assert figures["lost_tokens"] == sum(n for lost in want.values() for _, n in lost)
+    said = {line: message for _, line, _, message in found(report, "too_long")}
     assert said == {line: f"{max(lost)[0]:,} tokens long, seq_len is {seq_len}: {sum(n for _, n in lost):,} tokens are "
                     "lost; raise seq_len or shorten the row" for line, lost in want.items() if lost}
 

@@ -145,20 +145,22 @@ def row_problems(part: Part) -> Iterator[Problem]:
             yield Problem(files[p["file"]], p["line"], p["code"], p["field"], p["message"], cures, p["level"], part.use)
 
 
-def long_rows(part: Part) -> dict[tuple[int, int], list[int]]:
-    "The positions of the samples that lose their end, by number of the file and line."
-    places = [part.store.index.column(name).to_numpy()[part.long] for name in ("file", "line")]
-    out: dict[tuple[int, int], list[int]] = {}
-    for *place, length in zip(*(p.tolist() for p in places), (part.store.lengths[part.long] - 1).tolist()):
-        out.setdefault(tuple(place), []).append(length)
+def long_rows(part: Part) -> dict[tuple[int, int], tuple[int, int]]:
+    "By number of the file and line, the longest sample of a row that is too long, and the tokens that it loses."
+    file, line = (part.store.index.column(name).to_numpy()[part.long].tolist() for name in ("file", "line"))
+    length = part.store.lengths[part.long].astype(int) - 1
+    kept = np.isin(part.long, part.pieces.sample)  # of the others nothing trained remains: they are left out whole
+    out: dict[tuple[int, int], tuple[int, int]] = {}
+    for at, n, lost in zip(zip(file, line), length.tolist(), (length - kept * part.seq_len).tolist()):
+        longest, before = out.get(at, (0, 0))
+        out[at] = max(longest, n), before + lost
     return out
 
 
 def long_problems(part: Part) -> Iterator[Problem]:
     "The rows that are longer than seq_len."
-    for (file, line), lengths in long_rows(part).items():
-        gone = sum(lengths) - part.seq_len * len(lengths)
-        said = (f"{max(lengths):,} tokens long, seq_len is {part.seq_len:,}: {gone:,} tokens are lost; raise seq_len "
+    for (file, line), (longest, lost) in long_rows(part).items():
+        said = (f"{longest:,} tokens long, seq_len is {part.seq_len:,}: {lost:,} tokens are lost; raise seq_len "
                 "or shorten the row")
         yield Problem(part.store.files[file], line, "too_long", "", said, "", "warning", part.use)
 
