@@ -44,3 +44,19 @@ def test_gpu_needs_no_more_than_torch_and_the_model():
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT / "benchmarks")
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "torch" in loaded and not loaded & {"pydantic", "mistral_common", "pandas", "pyarrow", "yaml", "safetensors"}
+
+
+def test_data(tmp_path, monkeypatch):
+    """Each case in this process; from outside one, for its peak."""
+    spec = importlib.util.spec_from_file_location("bench_data", ROOT / "benchmarks" / "data.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    monkeypatch.setenv("MISTRAL_NB_CACHE", str(tmp_path / "cache"))
+    chats, tools = map(str, bench.made_up(tmp_path))
+    raw, seen = (bench.CASES[case](chats, "SentencePiece v3") for case in ("raw", "validate"))
+    assert raw["strings"] == 600 and (seen["rows"], seen["errors"]) == (300, 0) and seen["tokens"] > raw["tokens"]
+    packed, context = bench.packing(chats, "2048"), bench.context(tools)
+    assert 0.9 < packed["fill"] <= 1 and packed["cut"] == packed["cut_that_fit"] == 0
+    assert context["tokens"][0] < context["tokens"][1] and context["ratio"] < 1
+    assert len(bench.tenfold(tmp_path / "chats.jsonl", tmp_path / "ten.jsonl").read_bytes().splitlines()) == 3000
+    assert bench.run("raw", chats, "SentencePiece v3")["peak_mb"] > 20
