@@ -9,7 +9,6 @@ import contextlib
 import json
 import linecache
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -258,7 +257,6 @@ def joined(
     yield ranks
     ranks.end_pulse()
     with ranks.waiting("the end"): dist.barrier()
-    if ranks.first and ranks.watch: shutil.rmtree(ranks.watch.folder, ignore_errors=True)
     dist.destroy_process_group()
 
 def _connect(device: torch.device) -> None:
@@ -287,10 +285,12 @@ def start_pulse(
     ranks.thread.start()
 
 def end_pulse(ranks: Ranks) -> None:
-    "Beat no more."
+    "Beat no more; the last one to leave takes the folder away."
     if not ranks.pulse: return
     ranks.pulse.ended.set()
     ranks.thread.join()
+    ranks.pulse.path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError): ranks.watch.folder.rmdir() # others are still in it
     ranks.pulse = None
 
 Ranks.start_pulse, Ranks.end_pulse = start_pulse, end_pulse
