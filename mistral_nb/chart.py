@@ -214,7 +214,9 @@ def edges_of(
     step = max(top / about, min(1, high))
     if mark and mark <= 1.2 * top: step = mark / max(1, round(mark / step))
     else: step = round_up(step)
-    return step * np.arange(min(math.ceil(top / step), 2 * about) + 1)
+    edges = step * np.arange(min(math.ceil(top / step), 2 * about) + 1)
+    if mark: edges[np.isclose(edges, mark)] = mark  # to the last bit
+    return edges
 
 
 def counted(values: np.ndarray, edges: np.ndarray) -> np.ndarray:  # int [m - 1]

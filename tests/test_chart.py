@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ def test_the_check_of_pages_notices(payload: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
+@example([469, 834], 469)
 @given(st.lists(st.integers(0, 10**7), max_size=60), st.none() | st.integers(1, 10**6))
 def test_a_histogram_counts_every_value_once_and_splits_at_its_mark(values: list[int], mark: int | None) -> None:
     values = np.array(values, np.int64)
