@@ -284,13 +284,13 @@ def test_speed_goes_on(model_dir, whole, tmp_path):
 
 
 def test_an_interrupted_evaluation_is_made_up_for(model_dir, whole, tmp_path, monkeypatch):
-    real, calls = trainer.evaluate, []
+    real, calls = trainer.loss_sums, []
     def interrupted(model, batches):
         calls.append(1)
         if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
         return real(model, batches)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", interrupted)
+        patch.setattr(trainer, "loss_sums", interrupted)
         folder = RunFolder(fit(settings(model_dir, tmp_path), device=CPU))
     assert read_status(folder)["step"] == 6 and [r["step"] for r in numbers(folder, "eval")] == [3]
     fit(settings(model_dir, tmp_path), device=CPU)

@@ -16,7 +16,7 @@ from torch import nn
 from ..model.loss import masked_cross_entropy
 
 # %% auto #0
-__all__ = ['EvalResult', 'evaluate']
+__all__ = ['EvalResult', 'loss_sums', 'result_of', 'evaluate']
 
 # %% ../../nbs/43_train.evaluate.ipynb #d935946f
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class EvalResult:
 
 # %% ../../nbs/43_train.evaluate.ipynb #685097c6
 @torch.no_grad()
-def evaluate(
+def loss_sums(
     model: nn.Module, # a Transformer, with or without adapters
     batches: Iterable[Any], # Batch objects, as eval_batches gives them
-) -> EvalResult:
-    "Mean loss over all trained tokens of `batches`, with dropout off; the model's mode is left as it was."
+) -> tuple[float, int]: # summed loss in nats, trained tokens
+    "Loss and number of all trained tokens of `batches`, with dropout off; the model's mode is left as it was."
     device, was_training = model.output_weight.device, model.training
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     model.eval()
@@ -48,7 +48,16 @@ def evaluate(
             total  += masked_cross_entropy(hidden, model.output_weight, b.targets, b.mask)
             tokens += batch.num_trained
     finally: model.train(was_training)
+    return float(total), tokens
+
+# %% ../../nbs/43_train.evaluate.ipynb #ce01763c
+def result_of(total: float, tokens: int) -> EvalResult:
+    "The mean of losses that add up to `total`."
     if not tokens:
         raise ValueError("nothing to evaluate: expected trained tokens, received none; "
                          "look at the rows of `data.eval_instruct_data` (every answer has weight 0?)")
-    return EvalResult(float(total) / tokens, tokens)
+    return EvalResult(total / tokens, tokens)
+
+def evaluate(model: nn.Module, batches: Iterable[Any]) -> EvalResult:
+    "Mean loss over all trained tokens of `batches`."
+    return result_of(*loss_sums(model, batches))

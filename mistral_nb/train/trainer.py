@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -42,11 +44,15 @@ from ..device import memory
 from ..device import rank
 from ..device import reset_peak
 from ..device import use_fast_float32
-from ..device import world_size
 from ..model.loss import masked_cross_entropy
 from ..model.transformer import Transformer
 from ..model.transformer import checkpoint_blocks
-from .evaluate import evaluate
+from .distributed import ALONE
+from .distributed import RankLost
+from .distributed import Ranks
+from .distributed import joined
+from .evaluate import loss_sums
+from .evaluate import result_of
 from .folder import RunFolder
 from .folder import add_status
 from .folder import in_use
@@ -94,25 +100,29 @@ from ..weights.checkpoint import save_merged
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'train_step', 'seed_step', 'Interrupt', 'SaveSignal', 'TrainingError', 'check_step', 'Job', 'check',
-           'prepare', 'restore', 'model_folder', 'due', 'loop', 'owed', 'held_out_loss', 'save', 'save_rest', 'run_job',
-           'tell_news', 'mirror_state', 'rescue', 'opening', 'float32_products', 'start_notes', 'closing', 'fit',
-           'resumed', 'settle', 'open_mirror', 'finish_mirror', 'untouched_torch', 'reported', 'write_end']
+           'prepare', 'agree', 'restore', 'model_folder', 'due', 'loop', 'owed', 'held_out_loss', 'save', 'save_rest',
+           'run_job', 'tell_news', 'mirror_state', 'rescue', 'opening', 'float32_products', 'start_notes', 'closing',
+           'fit', 'fit_rank', 'mark', 'resumed', 'settle', 'open_mirror', 'finish_mirror', 'untouched_torch',
+           'reported', 'write_end']
 
 # %% ../../nbs/46_train.trainer.ipynb #fbd27bee
 def train_step(
     model: Transformer,
     batches: Sequence[Batch], # the microbatches of this step
     updater: Updater,
+    ranks: Ranks = ALONE, # those that take this step together
 ) -> tuple[float, float]: # loss in nats per trained token, norm of its gradient before clipping
-    "One update from the loss over all trained tokens of `batches`; a loss or norm that is not finite moves nothing."
-    trained = max(1, sum(batch.num_trained for batch in batches))
+    "One update from the loss over all trained tokens of all ranks; a loss or norm that is not finite moves nothing."
+    trained = max(1.0, *ranks.sum([sum(batch.num_trained for batch in batches)], "trained tokens"))
     loss    = torch.zeros((), device=model.output_weight.device)
     for batch in batches:
+        ranks.going_on()
         batch  = batch.to(loss.device)
         hidden = model(batch.input_ids, batch.seqlens, wanted=batch.mask)
         part   = masked_cross_entropy(hidden, model.output_weight, batch.targets, batch.mask) / trained
         updater.backward(part)
         loss += part.detach()
+    loss = ranks.sum_gradients(updater.params, loss)
     loss, norm = torch.stack([loss, updater.norm().to(loss)]).tolist()
     if math.isfinite(loss): updater.step(norm)
     else: updater.forget()
@@ -144,7 +154,7 @@ class Interrupt:
         self.count += 1
         self.event.set()
         if self.count > 1 and number == signal.SIGINT: raise KeyboardInterrupt
-        if self.count > 1: return
+        if self.count > 1 or rank(): return
         os.write(2, b"\nstopping: this step is finished and a checkpoint saved; once more stops at once\n")
 
 # %% ../../nbs/46_train.trainer.ipynb #487f5c64
@@ -214,7 +224,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype # the network computes in
     loader: TrainLoader
-    held_out: Callable[[], Iterable[Batch]] | None # a fresh pass over the evaluation rows; None without evaluation
+    held_out: Callable[[int], Iterable[Batch]] | None # a rank's evaluation rows, a fresh pass; None without evaluation
     model: Transformer
     updater: Updater
     schedule: OneCycleLR
@@ -226,12 +236,13 @@ class Job:
     loss: float = math.nan # of the last one
     whole: bool = True # weights, `step` and metrics are of one moment
     mirror: Mirror | None = None # copies checkpoints to `save_to`
+    ranks: Ranks = ALONE # the processes of this run
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         "What the numbers come from, beside the settings."
         return {"model": model_identity(model_folder(self.cfg)), "data": data_identity(self.loader),
-                "world": world_size()}
+                "world": self.ranks.world}
 
     @property
     def surroundings(self) -> dict[str, Any]:
@@ -245,30 +256,35 @@ class Job:
 def check(cfg: TrainConfig) -> Start:
     "What can be told of settings and folders alone: whether the run can be, and where it starts."
     cfg.check_ready()
-    if world_size() > 1:
-        raise TrainingError(f"WORLD_SIZE is {world_size()}: this version trains in one process; "
-                            "start it without torchrun")
     place = open_place(cfg)
     if isinstance(place, HubPlace) and cfg.resume == "auto" and not cfg.overwrite: place.fetch()
     return where_to_start(cfg)
 
-def prepare(cfg: TrainConfig, device: torch.device, start: Start) -> Job:
+def prepare(cfg: TrainConfig, device: torch.device, start: Start, ranks: Ranks = ALONE) -> Job:
     "Check all the rest, then load: what can be wrong is told here, and nothing is written."
     folder = RunFolder(cfg.run_dir)
     check_folder(model_folder(cfg))
     dtype = compute_dtype(cfg.dtype, device)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        loader, held_out = load_data(cfg, load_tokenizer(model_folder(cfg)), world_size())
+        tokenizer = load_tokenizer(model_folder(cfg))
+        loader, held_out = ranks.first_alone(lambda: load_data(cfg, tokenizer, ranks.world), "the tokenised data")
     model = load_model(model_folder(cfg), cfg.lora if cfg.lora.enable else None, device=device, dtype=dtype,
                        trainable=not cfg.lora.enable, seed=cfg.seed)
     checkpoint_blocks(model, cfg.checkpoint)
     updater = Updater(make_optimizer(model.parameters(), cfg.optim), cfg.max_norm, dtype)
     job = Job(cfg, folder, device, dtype, loader, held_out, model, updater,
               make_schedule(updater.optimizer, cfg.optim, cfg.max_steps),
-              [str(w.message) for w in said if w.category is UserWarning], start, Meter(cfg.max_steps))
+              [str(w.message) for w in said if w.category is UserWarning], start, Meter(cfg.max_steps), ranks=ranks)
     restore(job)
+    agree(job)
     return job
+
+def agree(job: Job) -> None:
+    "Have all ranks begin with the same weights and the same rows."
+    if job.ranks.world == 1: return
+    job.ranks.check_same(**{what: zlib.crc32(json.dumps(value).encode()) for what, value in job.identity.items()})
+    job.ranks.share(job.updater.params)
 
 def restore(job: Job) -> None:
     "Put the job where its `start` stands."
@@ -276,7 +292,7 @@ def restore(job: Job) -> None:
     if start.adapter: load_adapter(job.model, start.adapter, job.cfg.lora.scaling)
     if start.checkpoint:
         check_identity(start.manifest["identity"], job.identity, start.checkpoint)
-        numbers = load_state(start.checkpoint / "state", job.model, job.updater, rank())
+        numbers = load_state(start.checkpoint / "state", job.model, job.updater)
         job.meter, job.loss = Meter(job.cfg.max_steps, before=numbers["meter"]), numbers["loss"]
         job.norms.extend(numbers["norms"])
     elif start.step: job.meter = Meter(job.cfg.max_steps, before=(start.step, 0, 0.0))
@@ -294,21 +310,22 @@ def due(step: int, freq: int, last: int) -> bool:
 
 def loop(job: Job, log: Log, stop: Interrupt) -> Iterator[int]: # the steps done, one by one
     "The steps of a run."
-    cfg, model, meter = job.cfg, job.model, job.meter
+    cfg, model, meter, ranks = job.cfg, job.model, job.meter, job.ranks
     model.train()
-    if job.held_out and owed(job): held_out_loss(job, log, stop, job.step, job.loss)
+    if job.held_out and ranks.any(ranks.first and owed(job)): held_out_loss(job, log, stop, job.step, job.loss)
     for step in range(job.step + 1, cfg.max_steps + 1):
-        if stop.asked: return
-        seed_step(cfg.seed, step, rank())
+        if ranks.any(stop.asked): return
+        ranks.now(f"step {step}", strict=True)
+        seed_step(cfg.seed, step, ranks.number)
         meter.begin()
-        batches    = [job.loader.batch(step - 1, rank(), i) for i in range(cfg.num_microbatches)]
+        batches    = [job.loader.batch(step - 1, ranks.number, i) for i in range(cfg.num_microbatches)]
         lr         = current_lr(job.updater.optimizer)
-        loss, norm = train_step(model, batches, job.updater)
+        loss, norm = train_step(model, batches, job.updater, ranks)
         check_step(step, loss, norm, batches, job.updater, job.norms)
         job.whole = False
         if not math.isfinite(norm): log.say(f"step {step}: a float16 gradient overflowed; skipped, loss scale halved")
         advance(job.schedule)
-        meter.end(world_size() * sum(len(batch.input_ids) for batch in batches))
+        meter.end(ranks.world * sum(len(batch.input_ids) for batch in batches))
         if step == 1 or due(step, cfg.log_freq, cfg.max_steps):
             log.write("train", train_record(step, loss, lr, norm, meter, memory(job.device)))
         job.step, job.loss, job.whole = step, loss, True
@@ -323,21 +340,22 @@ def owed(job: Job) -> bool:
 
 def held_out_loss(job: Job, log: Log, stop: Interrupt, step: int, train_loss: float) -> None:
     "Evaluate and report; an interrupted evaluation says nothing."
-    try: result = evaluate(job.model, takewhile(lambda _: not stop.asked, job.held_out()))
-    except ValueError:
-        if stop.asked: return # before its first batch
-        raise
-    if not stop.asked: log.write("eval", eval_record(step, train_loss, result))
+    job.ranks.now(f"evaluation after step {step}")
+    sums = loss_sums(job.model, takewhile(lambda _: not stop.asked, job.held_out(job.ranks.number)))
+    loss, tokens, asked = job.ranks.sum([*sums, stop.asked], "evaluation")
+    if not asked: log.write("eval", eval_record(step, train_loss, result_of(loss, int(tokens))))
 
 # %% ../../nbs/46_train.trainer.ipynb #cc448fab
 def save(job: Job) -> Path:
-    "The checkpoint of this moment: adapters, or all weights; and the state."
+    "The checkpoint of this moment: adapters or all weights, and the state. The first rank writes it; all hold it."
+    path = job.folder.checkpoint_dir / f"checkpoint_{job.step:06d}"
+    if not job.ranks.first: return path
+    job.ranks.now(f"saving after step {job.step}")
     with new_checkpoint(job.folder, job.step) as place:
         if job.cfg.lora.enable and job.cfg.save_adapters:
             save_adapter(job.model, place, model_folder(job.cfg), job.cfg.lora)
         else: save_merged(job.model, place, model_folder(job.cfg))
         save_rest(job, place.parent)
-    path = job.folder.checkpoint_dir / f"checkpoint_{job.step:06d}"
     if job.mirror: job.mirror.offer(path)
     keep_newest(job.folder, job.cfg.num_ckpt_keep, spare=job.mirror and job.mirror.busy)
     return path
@@ -345,7 +363,7 @@ def save(job: Job) -> Path:
 def save_rest(job: Job, checkpoint: Path) -> None:
     "What it takes to go on from a checkpoint: the state, and by what it is known."
     numbers = {"step": job.step, "loss": job.loss, "norms": list(job.norms), "meter": job.meter.totals()}
-    save_state(checkpoint / "state", job.model, job.updater, numbers, rank())
+    save_state(checkpoint / "state", job.model, job.updater, numbers)
     flush_metrics(job.folder)
     write_manifest(checkpoint, {
         "step": job.step, "digest": digest_of_settings(job.cfg), "config": without_secrets(job.cfg).to_dict(),
@@ -384,7 +402,7 @@ def mirror_state(job: Job) -> dict[str, str | None]:
 def rescue(job: Job, saved: int) -> str: # saved: step of the newest checkpoint, 0 for none
     "Save the last good weights of a run that broke, if there is no checkpoint yet; says where."
     intact = job.whole and job.updater.whole and _finite(job.updater.params)
-    if saved or not job.step or job.cfg.no_ckpt or not intact: return ""
+    if saved or not job.step or job.cfg.no_ckpt or not intact or not job.ranks.first: return ""
     try: return f"\n  last good weights {save(job)}"
     except Exception as e: return f"\n  last good weights could not be saved: {e}"
 
@@ -404,8 +422,9 @@ def opening(job: Job) -> list[str]:
     cfg, trained = job.cfg, sum(p.numel() for p in job.updater.params)
     total  = sum(p.numel() for p in job.model.parameters())
     epochs = ", ".join(f"{n:,.0f}" if n >= 10 else f"{n:.2g}" for n in job.loader.epochs(cfg.max_steps))
-    tokens = world_size() * cfg.num_microbatches * cfg.batch_size * cfg.seq_len
-    return [f"training {trained:,} of {total:,} weights ({trained / total:.1%}) on {device_name(job.device)} "
+    tokens = job.ranks.world * cfg.num_microbatches * cfg.batch_size * cfg.seq_len
+    where  = f"{job.ranks.world} × " * (job.ranks.world > 1) + device_name(job.device)
+    return [f"training {trained:,} of {total:,} weights ({trained / total:.1%}) on {where} "
             f"in {str(job.dtype).removeprefix('torch.')}; {float32_products(job)}",
             f"{cfg.max_steps:,} steps of up to {tokens:,} tokens, {epochs} times through the data", *job.notes,
             *start_notes(job)]
@@ -442,27 +461,40 @@ def fit(
     stop: threading.Event | None = None, # set it from another thread to end the run as an interrupt does
 ) -> Path: # the run's folder
     "Train as `cfg` says. An interrupt ends the step, saves and returns; a second one aborts. Raises `TrainingError`."
-    device, start = device or default_device(), check(cfg)
-    for text in start.warnings: warnings.warn(text, stacklevel=2)
-    if start.finished: return settle(cfg, start)
+    device = device or default_device()
+    with joined(device) as ranks: return fit_rank(ranks, cfg, device, stop)
+
+def fit_rank(ranks: Ranks, cfg: TrainConfig, device: torch.device, stop: threading.Event | None = None) -> Path:
+    "One rank's part of `fit`; the first one reads and writes the run's folder."
+    start = ranks.from_first(lambda: check(cfg), "the run's folder")
+    for text in start.warnings if ranks.first else []: warnings.warn(text, stacklevel=3)
+    if start.finished: return settle(cfg, start) if ranks.first else RunFolder(cfg.run_dir).path
     with untouched_torch(device), contextlib.ExitStack() as stack:
         ask = stack.enter_context(SaveSignal())
-        job = prepare(cfg, device, start)
-        begin(cfg, start)
-        log = open_log(job.folder, cfg, start.step)
+        job = prepare(cfg, device, start, ranks)
+        ranks.from_first(lambda: begin(cfg, start), "the run's folder")
+        ranks.start_pulse(job.folder.path / ".ranks", lambda reason: write_status(job.folder, "failed", reason=reason))
+        log = open_log(job.folder, cfg, start.step) if ranks.first else Log()
         interrupt = stack.enter_context(Interrupt(stop))
         stack.enter_context(reported(job, log))
-        write_status(job.folder, "running", step=start.step, max_steps=cfg.max_steps,
-                     model=str(model_folder(cfg).absolute()), **resumed(start))
+        mark(job, "running", step=start.step, max_steps=cfg.max_steps, model=str(model_folder(cfg).absolute()),
+             **resumed(start))
         for line in opening(job): log.say(line)
-        job.mirror = open_mirror(cfg)
+        torch.set_float32_matmul_precision(ranks.from_first(torch.get_float32_matmul_precision))
+        job.mirror = open_mirror(cfg) if ranks.first else None
         reset_peak(job.device)
         state = run_job(job, log, interrupt, ask)
+        ranks.now("the end")
         finish_mirror(job, log, interrupt, state)
-        write_status(job.folder, state, step=job.step)
+        mark(job, state, step=job.step)
         log.say(closing(job, state))
         if job.mirror: job.mirror.tell_story()
+        ranks.end_pulse()
     return job.folder.path
+
+def mark(job: Job, state: str, **more: Any) -> None:
+    "Write the state of the run down, once for all ranks."
+    if job.ranks.first: write_status(job.folder, state, **more)
 
 def resumed(start: Start) -> dict[str, Any]:
     "What the status says of a run that did not begin with its first step."
@@ -523,7 +555,9 @@ def reported(job: Job, log: Log) -> Iterator[None]:
 def write_end(job: Job, log: Log, error: BaseException) -> None:
     "Write down why a run ended; where even that fails, the error itself says so."
     reason = str(error) or type(error).__name__
+    if job.ranks.world > 1 and not isinstance(error, RankLost): reason = f"rank {job.ranks.number}: {reason}"
     try:
+        if isinstance(error, RankLost) and read_status(job.folder)["state"] == "failed": return # the lost one said why
         write_status(job.folder, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=reason)
         log.say(f"stopped: {reason}")
     except OSError as e:
