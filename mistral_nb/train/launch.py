@@ -161,7 +161,7 @@ def _from_code(f: dict[str, Any]) -> tuple[tuple, Failure]:
 # %% ../../nbs/47_train.launch.ipynb #c0644143
 def as_seen(text: str, lines: int | None = None) -> str: # lines: only the last ones
     "Text as a terminal shows it: what a carriage return has overwritten is gone."
-    seen = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    seen = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
     return "\n".join(seen[-lines:] if lines else seen)
 
 # %% ../../nbs/47_train.launch.ipynb #8b0b286d
@@ -180,7 +180,7 @@ class Launched:
     @property
     def output(self) -> str:
         "What was printed so far: the first rank's lines, and any rank's error."
-        return as_seen(self.output_file.read_text(encoding="utf-8", errors="replace"))
+        return as_seen(self.output_file.read_bytes().decode(errors="replace"))
 
     @property
     def returncode(self) -> int | None:
