@@ -208,6 +208,6 @@ def test_another_run_s_words_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_error_file_half_written_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "error.json").write_text(json.dumps({"message": "x"})[:8])
+    (tmp_path / "attempt_0" / "0").mkdir(parents=True)
+    (tmp_path / "attempt_0" / "0" / "error.json").write_text(json.dumps({"message": "x"})[:8])
     assert launching.find_failure(tmp_path) is None

@@ -265,7 +265,11 @@ def _connect(device: torch.device) -> None:
         raise DeviceError(f"rank {rank()} is to use GPU {device.index}, but this machine has {gpu_count()}; "
                           f"lower --nproc-per-node to {gpu_count()}")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1), device_id=device if backend == "nccl" else None)
+    store, number, world = next(dist.rendezvous("env://"))
+    # torchrun keeps one store over its restarts: the addresses of processes that are gone must not be found in it
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timedelta(days=1), store=store, rank=number, world_size=world,
+                            device_id=device if backend == "nccl" else None)
 
 def start_pulse(
     ranks: Ranks,

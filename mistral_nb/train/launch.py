@@ -138,7 +138,9 @@ def find_failure(place: Path) -> Failure | None: # place: torchrun's folder for 
     "The rank to blame; None when none has failed."
     listed = json.loads((place / "failures.json").read_text()) if (place / "failures.json").exists() else []
     ranks  = {f["error_file"]: f["rank"] for f in listed}
-    found  = [_from_file(file, ranks.get(str(file), int(file.parent.name))) for file in place.glob("**/error.json")]
+    number = lambda path: int(path.name.removeprefix("attempt_"))
+    newest = max(place.glob("**/attempt_*"), key=number, default=place) # what a restart has healed does not count
+    found  = [_from_file(file, ranks.get(str(file), int(file.parent.name))) for file in newest.glob("*/error.json")]
     found += [_from_code(f) for f in listed if not Path(f["error_file"]).exists()]
     return min(filter(None, found), key=lambda f: f[0], default=(None, None))[1]
 
@@ -193,7 +195,8 @@ class Launched:
     @property
     def failure(self) -> Failure | None:
         "The rank that failed, as soon as it is known."
-        return find_failure(self.place / "errors") if not self.asked or self.returncode else None
+        ended_well = self.returncode == 0 or (self.running and self.asked)
+        return None if ended_well else find_failure(self.place / "errors")
 
     def stop(self, timeout: float | None = None) -> Launched: # timeout: None waits as long as it takes
         "Have all ranks save and stop after this step, and wait for it."
