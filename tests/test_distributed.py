@@ -75,12 +75,17 @@ def config(home: Path, name: str, world: int, model: str = "dense", **changes) -
                        **{"max_steps": 20, "batch_size": 2, "no_eval": False, "eval_freq": 10} | changes)
 
 
-def together(home: Path, configs: list[TrainConfig], name: str = "all") -> Launched:
+def together(home: Path, configs: list[TrainConfig], name: str = "all", **options) -> Launched:
     """Run them one after the other with two ranks."""
     paths = [str(cfg.save(home / f"{name}{i}.yaml")) for i, cfg in enumerate(configs)]
     (home / f"{name}.json").write_text(json.dumps(paths))
     cfg = TrainConfig(model_id_or_path="none", run_dir=str(home / name))
-    return launch(cfg, nproc_per_node=2, program=[home / "all.py"])
+    return launch(cfg, nproc_per_node=2, program=[home / "all.py"], **options)
+
+
+def kill_second(folder: RunFolder) -> None:
+    """kill -9 for one of the two."""
+    os.kill(json.loads((folder.path / ".ranks" / "rank1.json").read_text())["pid"], signal.SIGKILL)
 
 
 def shell(config: Path) -> subprocess.CompletedProcess:
@@ -150,20 +155,28 @@ def test_stopped_killed_and_gone_on_with(pairs: Path, monkeypatch: pytest.Monkey
 
     run = together(pairs, [cfg], "two")
     until(lambda: steps() >= status["step"] + 3 or not run.running)
-    os.kill(json.loads((folder.path / ".ranks" / "rank1.json").read_text())["pid"], signal.SIGKILL)
+    kill_second(folder)
     with pytest.raises(LaunchError, match=r"rank 1 failed: process \d+ was ended by SIGKILL"): run.wait(60, show=False)
     status = read_status(folder)
     assert status["state"] == "failed" and status["reason"].startswith("rank 1 (process"), status
 
-    done = shell(cfg.save(pairs / "broken.yaml"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on from") == 1, "only the first rank speaks"
+    run = together(pairs, [cfg], "three", max_restarts=1) # torchrun itself starts both again
+    until(lambda: steps() >= 12 or not run.running)
+    kill_second(folder)
+    run.wait(60)
+    assert run.returncode == 0 and run.failure is None
     whole = pairs / "dense-lora-2"
     assert read_status(folder)["state"] == "finished"
     for tag, names in [("train", ("step", "loss", "grad_norm")), ("eval", ("step", "eval_loss"))]:
         assert torch.equal(numbers(folder.path, tag, *names), numbers(whole, tag, *names))
     a, b = weights(folder.path), weights(whole)
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_the_command_of_a_shell(home: Path) -> None:
+    done = shell(config(home, "shell", 2, max_steps=2, no_eval=True).save(home / "shell.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished after 2 of 2 steps") == 1, "only the first rank speaks"
 
 
 def test_a_mistake_is_told_once(home: Path) -> None:
