@@ -21,6 +21,7 @@ from .data.tokenize import load_tokenizer
 from .demo import demo_config
 from .demo import run_demo
 from .generate import generate
+from .launch import launch
 from .model.args import ModelArgs
 from .model.lora import adapters_off
 from .model.transformer import Transformer
@@ -35,11 +36,11 @@ from .weights.checkpoint import load_model
 # %% auto #0
 __all__ = ['Batch', 'ConfigError', 'Dashboard', 'LoraConfig', 'ModelArgs', 'Report', 'Run', 'TokenBrowser', 'TokenSample',
            'TokenView', 'TrainConfig', 'TrainLoader', 'TrainingError', 'Transformer', 'adapters_off', 'convert',
-           'demo_config', 'encode', 'generate', 'load_model', 'load_tokenizer', 'mend', 'mend_file', 'reformat',
-           'run_demo', 'train', 'validate']
+           'demo_config', 'encode', 'generate', 'launch', 'load_model', 'load_tokenizer', 'mend', 'mend_file',
+           'reformat', 'run_demo', 'train', 'validate']
 
 # %% ../nbs/79_all.ipynb #25af5a19
 _all_ = ["Batch", "ConfigError", "Dashboard", "LoraConfig", "ModelArgs", "Report", "Run", "TokenBrowser",
          "TokenSample", "TokenView", "TrainConfig", "TrainLoader", "TrainingError", "Transformer",
-         "adapters_off", "convert", "demo_config", "encode", "generate", "load_model", "load_tokenizer",
+         "adapters_off", "convert", "demo_config", "encode", "generate", "launch", "load_model", "load_tokenizer",
          "mend", "mend_file", "reformat", "run_demo", "train", "validate"]
