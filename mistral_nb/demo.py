@@ -354,7 +354,9 @@ def write_demo_config(
 ) -> Path:
     "Write a config for `mistral-nb train` and, beside it, the data; paths are absolute."
     path = Path(path).expanduser().absolute()
-    return demo_config(path.parent / f"{path.stem}_run", max_steps).save(path)
+    cfg = demo_config(path.parent / f"{path.stem}_run", max_steps)
+    cfg.overwrite = False  # a run that was killed goes on
+    return cfg.save(path)
 
 # %% ../nbs/70_demo.ipynb #1212c56f
 def is_exact(answer: str, q: Question, tokenizer: MistralTokenizer) -> bool:

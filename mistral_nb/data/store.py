@@ -34,7 +34,6 @@ import numpy as np
 import pyarrow as pa
 
 import mistral_nb
-from . import tokenize
 from .duplicates import BINS
 from .duplicates import digest_of
 from .duplicates import sketches
@@ -327,7 +326,6 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     rows, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the tables
-    tokenize.MOST_WORDS //= 2  # several processes remember words, each its own
     try:
         encoder = Encoder(*pickle.load(rows))
         while True:
