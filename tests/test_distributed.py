@@ -94,7 +94,7 @@ def shell(config: Path) -> subprocess.CompletedProcess:
     return subprocess.run([*torchrun, "-m", "mistral_nb.train", config], capture_output=True, text=True, timeout=120)
 
 
-def until(true: Callable[[], object], seconds: float = 60) -> object:
+def until(true: Callable[[], object], seconds: float = 120) -> object:
     end = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < end, "it did not happen"
@@ -148,7 +148,7 @@ def test_stopped_killed_and_gone_on_with(pairs: Path, monkeypatch: pytest.Monkey
 
     run = together(pairs, [cfg], "one")
     until(lambda: steps() >= 3 or not run.running)
-    run.stop(timeout=60)
+    run.stop(timeout=120)
     status = read_status(folder)
     assert run.returncode == 0 and status["state"] == "interrupted" and status["step"] == steps() < 20, run.output
     assert [path.name for path in Run(folder.path).checkpoints][-1] == f"checkpoint_{status['step']:06d}"
@@ -156,14 +156,14 @@ def test_stopped_killed_and_gone_on_with(pairs: Path, monkeypatch: pytest.Monkey
     run = together(pairs, [cfg], "two")
     until(lambda: steps() >= status["step"] + 3 or not run.running)
     kill_second(folder)
-    with pytest.raises(LaunchError, match=r"rank 1 failed: process \d+ was ended by SIGKILL"): run.wait(60, show=False)
+    with pytest.raises(LaunchError, match=r"rank 1 failed: process \d+ was ended by SIGKILL"): run.wait(120, show=False)
     status = read_status(folder)
     assert status["state"] == "failed" and status["reason"].startswith("rank 1 (process"), status
 
     run = together(pairs, [cfg], "three", max_restarts=1) # torchrun itself starts both again
     until(lambda: steps() >= 12 or not run.running)
     kill_second(folder)
-    run.wait(60)
+    run.wait(120)
     assert run.returncode == 0 and run.failure is None
     whole = pairs / "dense-lora-2"
     assert read_status(folder)["state"] == "finished"
@@ -182,5 +182,5 @@ def test_the_command_of_a_shell(home: Path) -> None:
 def test_a_mistake_is_told_once(home: Path) -> None:
     cfg = config(home, "mistake", 2, data__instruct_data=str(home / "none.jsonl"))
     with pytest.raises(LaunchError, match="rank 0 failed: .*none.jsonl") as failed:
-        launch(cfg, nproc_per_node=2).wait(60, show=False)
+        launch(cfg, nproc_per_node=2).wait(120, show=False)
     assert not (home / "mistake").exists() and "RankLost" not in str(failed.value)
