@@ -330,7 +330,7 @@ def demo_data(
     return folder / "train.jsonl", folder / "eval.jsonl"
 
 # %% ../nbs/70_demo.ipynb #e317e793
-MAX_STEPS = 420
+MAX_STEPS = 470
 
 
 def demo_config(
