@@ -1,5 +1,6 @@
 """A run that is killed, damaged, moved or signalled goes on, and ends with the bits of one that never was."""
 
+import contextlib
 import json
 import os
 import random
@@ -85,7 +86,9 @@ class Nursery:
         cfg.save(path)
         self.process.stdin.write(json.dumps({"cfg": str(path), **job}) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        pid = int(self.process.stdout.readline())
+        assert pid > 1, "the code of an earlier run was not asked for"
+        return pid
 
     def code(self) -> int: return int(self.process.stdout.readline())
 
@@ -188,7 +191,7 @@ def test_killed_at_random_moments(nursery, model_dir, whole, tmp_path):
         pid = nursery.start(cfg)
         if kills < 10:
             time.sleep(dice.uniform(0.05, 0.6))
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)  # unless it has ended by now
         code = nursery.code()
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
