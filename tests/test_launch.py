@@ -17,6 +17,7 @@ from mistral_nb.train import guard
 from mistral_nb.train import launch as launching
 from mistral_nb.train.launch import LaunchError
 from mistral_nb.train.launch import launch
+from waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="trees are guarded through Linux's subreaper")
 
@@ -46,15 +47,6 @@ def work():
 def act(): ACT
 sys.exit(told(work))
 """
-
-
-def until(true: Callable[[], object], seconds: float = 40) -> object:
-    """What `true` gives once it is no longer false."""
-    end = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-    return value
 
 
 def named(mark: Path) -> list[int]:

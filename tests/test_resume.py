@@ -32,6 +32,7 @@ from mistral_nb.train.resume import read_manifest
 from mistral_nb.train.trainer import fit
 from tiny_run import make_config
 from tiny_run import make_model
+from tiny_run import quiet_machine  # noqa: F401, every test of the module has it
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -108,16 +109,6 @@ def nursery(model_dir):
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "use_fast_float32", lambda device: "float32 products: as they are")
-        yield
-    torch.set_num_threads(threads)
 
 
 SETTINGS = {"max_steps": 12, "ckpt_freq": 2, "num_ckpt_keep": 2, "lora__dropout": 0.1, "no_eval": False, "eval_freq": 3}

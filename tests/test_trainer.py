@@ -36,6 +36,7 @@ from mistral_nb.weights.checkpoint import load_adapter
 from mistral_nb.weights.checkpoint import load_model
 from tiny_run import make_config
 from tiny_run import make_model
+from tiny_run import quiet_machine  # noqa: F401, every test of the module has it
 
 CPU = torch.device("cpu")
 
@@ -43,17 +44,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_machine():
-    """One thread, faster for models this small; and no timed look at float32 products, which may go either way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "use_fast_float32", lambda device: "float32 products: as they are")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import mistral_common
+import pytest
 import torch
 
 from mistral_nb.config import TrainConfig
 from mistral_nb.model.args import ModelArgs
 from mistral_nb.model.transformer import Transformer
+from mistral_nb.train import trainer
 from mistral_nb.weights.tensors import Entry
 from mistral_nb.weights.tensors import write_tensors
 
@@ -50,3 +52,14 @@ def make_config(model: Path, home: Path, name: str = "run", **changes: Any) -> T
                 "data.instruct_data": str(home / "train.jsonl"), "data.eval_instruct_data": str(home / "eval.jsonl"),
                 "max_steps": 6, "optim.lr": 0.01, "lora.rank": 4, "checkpoint": False}
     return TrainConfig.from_dict(settings | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_machine():
+    """One thread, faster for models this small; and no timed look at float32 products, which may go either way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "use_fast_float32", lambda device: "float32 products: as they are")
+        yield
+    torch.set_num_threads(threads)
